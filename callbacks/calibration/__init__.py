@@ -1,0 +1,1 @@
+"""Callbacks that make predicted probabilities mean what they say."""
