@@ -1,0 +1,29 @@
+"""Setting an attribute of a module that is not ours, and giving it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+_ABSENT = object()
+
+
+def borrow_attribute(module: nn.Module, name: str, value: object) -> Callable[[], None]:
+    """Set ``module.name`` on the instance and return the function that puts things back as they were.
+
+    A compiled or otherwise patched module already holds the attribute on its instance; that one comes back. If somebody
+    else has replaced ours in the meantime, theirs is left alone.
+    """
+    previous = vars(module).get(name, _ABSENT)
+    setattr(module, name, value)
+
+    def restore() -> None:
+        if vars(module).get(name, _ABSENT) is not value:
+            return
+        if previous is _ABSENT:
+            delattr(module, name)
+        else:
+            setattr(module, name, previous)
+
+    return restore

@@ -1,0 +1,416 @@
+"""Calibrate a classifier on its validation data, inside the Trainer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+from torchmetrics import MeanMetric
+
+from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
+from lightning_plugins.calibration import (
+    CalibrationError,
+    Calibrator,
+    TemperatureScaling,
+    reliability_diagram,
+)
+from lightning_plugins.callbacks._borrow import borrow_attribute
+from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_summary
+
+__all__ = ["CalibratedModule", "PostHocCalibration"]
+
+
+class CalibratedModule(nn.Module):
+    """A network followed by its calibrator: images in, calibrated log-probabilities out, no Lightning needed.
+
+    Args:
+        module: returns logits ``(N, C)``.
+        calibrator: fitted on logits of that module.
+    """
+
+    def __init__(self, module: nn.Module, calibrator: Calibrator) -> None:
+        super().__init__()
+        self.module = module
+        self.calibrator = calibrator
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return calibrated log-probabilities ``(N, C)`` for what the module's ``forward`` takes."""
+        log_probs: Tensor = self.calibrator(self.module(*args, **kwargs))
+        return log_probs
+
+
+class _ForwardTap:
+    """Stands in for a module's ``forward``: remembers the logits it returned, and calibrates them on request."""
+
+    def __init__(self, pl_module: pl.LightningModule, calibrator: Calibrator | None) -> None:
+        self.logits: list[Tensor] = []
+        forward = pl_module.forward
+
+        @functools.wraps(forward)
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
+                self.logits.append(output.detach())
+                return output if calibrator is None else calibrator(output)
+            if calibrator is not None:
+                shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+                raise MisconfigurationException(
+                    f"PostHocCalibration expected forward to return logits (N, C), found {type(output).__name__}{shape}; "
+                    "set calibrate_outputs=False and use calibrated_module() or the calibrator itself."
+                )
+            return output
+
+        self.restore = borrow_attribute(pl_module, "forward", tapped)
+
+
+class PostHocCalibration(pl.Callback):
+    """Fit a calibrator on the validation logits whenever validation runs, and calibrate ``test`` and ``predict``.
+
+    During ``fit`` every validation fits anew, so each checkpoint holds the calibrator of its own weights; if the last
+    weights were not validated, they are after training. ``trainer.validate`` fits on demand, on any loader given to it.
+    Logits come for free from the ``forward`` call inside ``validation_step``; where there is no such single call, one
+    more forward pass is made. In ``test`` and ``predict``, ``forward`` returns calibrated log-probabilities, which are
+    logits too: a cross-entropy, softmax or argmax in the module's step needs no change.
+
+    Logged (nats, and fractions in [0, 1]): ``calibration/nll_before``, ``nll_after``, ``ece_before``, ``ece_after`` on the
+    data of the fit, with the calibrator's own quantities such as ``calibration/temperature``; the same four under
+    ``test/``; reliability diagrams ``calibration/reliability`` and ``test/reliability``. ECE after the fit, on the data
+    of the fit, flatters; the figures to quote are those of the test set.
+
+    Data, weights and random state stay as they are, and the validation data must not be part of the training data.
+
+    Args:
+        calibrator: any :class:`.Calibrator`; default temperature scaling.
+        num_bins: equal-width bins of ECE and of the diagrams, at least 1.
+        dataloader_idx: which of several validation loaders to fit on.
+        calibrate_outputs: whether ``forward`` is calibrated during ``test`` and ``predict``.
+        batch_fn: takes the batch, returns ``(inputs, targets)``; default the first two elements of a tuple or list.
+        logits_fn: takes the module and inputs, returns logits ``(N, C)``; given, it is always used for the fit.
+
+    Raises:
+        ValueError: for a wrong argument, and when the validation logits or labels are unfit for calibration.
+        MisconfigurationException: if there is no validation data, or nothing was fitted before ``test`` or ``predict``.
+
+    Example:
+        >>> from lightning_plugins.callbacks import PostHocCalibration
+        >>> trainer = pl.Trainer(callbacks=[PostHocCalibration()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        calibrator: Calibrator | None = None,
+        *,
+        num_bins: int = 15,
+        dataloader_idx: int = 0,
+        calibrate_outputs: bool = True,
+        batch_fn: BatchFn | None = None,
+        logits_fn: LogitsFn | None = None,
+    ) -> None:
+        if calibrator is not None and not isinstance(calibrator, Calibrator):
+            raise TypeError(
+                f"calibrator must be a Calibrator such as TemperatureScaling(), got {type(calibrator).__name__}"
+            )
+        if num_bins < 1:
+            raise ValueError(f"num_bins must be at least 1, got {num_bins!r}")
+        if dataloader_idx < 0:
+            raise ValueError(f"dataloader_idx must be at least 0, got {dataloader_idx!r}")
+        self.calibrator = calibrator if calibrator is not None else TemperatureScaling()
+        self.num_bins = num_bins
+        self.dataloader_idx = dataloader_idx
+        self.calibrate_outputs = calibrate_outputs
+        self.batch_fn: BatchFn = batch_fn or inputs_and_targets
+        self.logits_fn = logits_fn
+        self.fitted_at_step: int | None = None
+        self._pl_module: pl.LightningModule | None = None
+        self._tap: _ForwardTap | None = None
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._bins: dict[str, ReliabilityBins] = {}
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a calibrator for some weights is there, fitted or loaded from a checkpoint."""
+        return self.fitted_at_step is not None
+
+    def calibrated_module(self) -> CalibratedModule:
+        """Return a copy of the trained module with its calibrator behind it, in eval mode, for deployment.
+
+        The copy shares nothing with the Trainer's module. It goes through ``torch.export`` and ONNX like any module.
+
+        Raises:
+            RuntimeError: before the first ``fit``, ``validate`` or ``test``.
+        """
+        if self._pl_module is None or not self.is_fitted:
+            raise RuntimeError("there is no calibrated module yet; run trainer.fit or trainer.validate first")
+        module = CalibratedModule(deepcopy(self._pl_module), deepcopy(self.calibrator))
+        return module.to(self._pl_module.device).eval()
+
+    def export(self, directory: Path) -> list[Path]:
+        """Write the fitted calibrator: ``calibrator.safetensors`` (its state) and ``calibration.json`` (what it is)."""
+        from safetensors.torch import save
+
+        if not self.is_fitted:
+            return []
+        info = {
+            "calibrator": type(self.calibrator).__name__,
+            "fitted_at_step": self.fitted_at_step,
+            "quantities": self.calibrator.quantities(),
+            "fit_info": self.calibrator.fit_info,
+        }
+        state = {name: value.detach().cpu().contiguous() for name, value in self.calibrator.state_dict().items()}
+        return [
+            write_atomically(directory / "calibrator.safetensors", save(state)),
+            write_atomically(directory / "calibration.json", json.dumps(info, indent=2).encode()),
+        ]
+
+    # Collecting, during any validation
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._pl_module = pl_module
+        if stage != "fit":
+            return
+        if not trainer.enable_validation:
+            self._refuse_no_data("this run has no validation")
+        log_callback_hyperparameters(trainer, self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batches = trainer.num_val_batches
+        loaded = trainer.val_dataloaders is not None
+        if loaded and (self.dataloader_idx >= len(batches) or batches[self.dataloader_idx] == 0):
+            self._refuse_no_data(f"validation loader {self.dataloader_idx} is empty or absent")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._logits, self._labels = [], []
+        self._tap = _ForwardTap(pl_module, None)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._forget_batch()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if dataloader_idx == self.dataloader_idx and not trainer.sanity_checking:
+            self._keep(*self._logits_and_labels(trainer, pl_module, batch))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_tap()
+        if not trainer.sanity_checking:
+            pl_module.log_dict(self._fit(trainer, pl_module), sync_dist=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._draw(trainer, "calibration/reliability")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Checkpoint callbacks come last, so what they save at the end of training holds this fit.
+        if self.fitted_at_step != trainer.global_step or not self._bins:
+            log_metrics(trainer, self._validate(trainer, pl_module))
+        self._draw(trainer, "calibration/reliability")
+
+    # Calibrated outputs, and what calibration gave on the test set
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._calibrate_forward(pl_module, "test")
+        device = pl_module.device
+        self._test_ece = {
+            "before": CalibrationError(self.num_bins, input="logits").to(device),
+            "after": CalibrationError(self.num_bins, input="log_probs").to(device),
+        }
+        self._test_nll = {when: MeanMetric().to(device) for when in ("before", "after")}
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._forget_batch()
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if dataloader_idx != self.dataloader_idx:
+            return
+        logits, labels = self._logits_and_labels(trainer, pl_module, batch)
+        for when, log_probs in {"before": logits.float().log_softmax(1), "after": self.calibrator(logits)}.items():
+            self._test_ece[when].update(log_probs, labels)
+            self._test_nll[when].update(nn.functional.nll_loss(log_probs, labels), len(labels))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_tap()
+        metrics = {f"test/ece_{when}": metric.compute() for when, metric in self._test_ece.items()}
+        metrics |= {f"test/nll_{when}": metric.compute() for when, metric in self._test_nll.items()}
+        self._bins = {when: metric.bins() for when, metric in self._test_ece.items()}
+        pl_module.log_dict(metrics, sync_dist=True)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer, "test/reliability")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._calibrate_forward(pl_module, "predict")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_tap()
+
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._forget_batch()  # predictions need no labels, and nothing reads their logits
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove_tap()
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.is_fitted:
+            return {}
+        return {
+            "calibrator": {name: value.cpu() for name, value in self.calibrator.state_dict().items()},
+            "fit_info": self.calibrator.fit_info,
+            "fitted_at_step": self.fitted_at_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.calibrator.load_state_dict(state_dict["calibrator"])
+        self.calibrator.fit_info = state_dict["fit_info"]
+        self.fitted_at_step = state_dict["fitted_at_step"]
+
+    # Mechanism
+
+    def _refuse_no_data(self, finding: str) -> None:
+        raise MisconfigurationException(
+            f"PostHocCalibration fits on validation data, but {finding}; give the module a validation_step and a "
+            "non-empty val_dataloader, leave limit_val_batches above 0, or calibrate later with trainer.validate(...)."
+        )
+
+    def _calibrate_forward(self, pl_module: pl.LightningModule, stage: str) -> None:
+        if not self.is_fitted:
+            raise MisconfigurationException(
+                f"PostHocCalibration has no fitted calibrator for {stage}; run trainer.fit or trainer.validate before, or "
+                "pass ckpt_path= of a checkpoint that was saved with this callback."
+            )
+        self.calibrator.to(pl_module.device)
+        self._tap = _ForwardTap(pl_module, self.calibrator if self.calibrate_outputs else None)
+
+    def _forget_batch(self) -> None:
+        if self._tap is not None:
+            self._tap.logits.clear()
+
+    def _remove_tap(self) -> None:
+        if self._tap is not None:
+            self._tap.restore()
+            self._tap = None
+
+    def _logits_and_labels(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the uncalibrated logits of a batch that the module has just evaluated, and its labels."""
+        inputs, labels = self.batch_fn(batch)
+        seen = self._tap.logits if self._tap is not None else []
+        if self.logits_fn is None and len(seen) == 1 and len(seen[0]) == len(labels):
+            return seen[0], labels
+        seen.clear()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            logits = (self.logits_fn or forward_logits)(pl_module, inputs)
+        # Under a tap, forward has returned calibrated values; the raw ones are what the tap saw.
+        return (seen[-1] if seen else logits), labels
+
+    def _keep(self, logits: Tensor, labels: Tensor) -> None:
+        self._logits.append(logits.cpu())
+        self._labels.append(labels.cpu())
+
+    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Fit on the validation data outside of a validation run."""
+        loader = CombinedLoader(trainer.val_dataloaders).flattened[self.dataloader_idx]
+        limit = trainer.num_val_batches[self.dataloader_idx]
+        modes = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        self._logits, self._labels = [], []
+        for batch_idx, batch in enumerate(loader):
+            if batch_idx >= limit:
+                break
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self.dataloader_idx)
+            self._keep(*self._logits_and_labels(trainer, pl_module, batch))
+        for module, mode in modes.items():
+            module.training = mode
+        return self._fit(trainer, pl_module)
+
+    def _fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Fit on what all processes have collected and return what there is to log."""
+        if not self._logits:
+            self._refuse_no_data(f"validation loader {self.dataloader_idx} gave no batch")
+        logits = gather_rows(trainer, torch.cat(self._logits))
+        labels = gather_rows(trainer, torch.cat(self._labels))
+        self._logits, self._labels = [], []
+        total = len(labels) - self._num_repeated(trainer, len(labels))
+        logits, labels = logits[:total], labels[:total]
+        # Every process fits on the same rows, so that all of them see the same error if there is one; the state of the
+        # first one counts, since sums may differ in the last bit between machines.
+        self.calibrator.cpu().fit(logits, labels)
+        state = trainer.strategy.broadcast(self.calibrator.state_dict())
+        self.calibrator.load_state_dict(state)
+        self.fitted_at_step = trainer.global_step
+        probs = {"before": logits.float().softmax(1), "after": self.calibrator(logits).exp()}
+        self._bins = {when: reliability_bins(p, labels, num_bins=self.num_bins) for when, p in probs.items()}
+        info = self.calibrator.fit_info
+        metrics = {f"calibration/nll_{when}": float(info[f"nll_{when}"]) for when in ("before", "after")}
+        metrics |= {f"calibration/ece_{when}": bins.ece for when, bins in self._bins.items()}
+        return metrics | {f"calibration/{name}": value for name, value in self.calibrator.quantities().items()}
+
+    def _num_repeated(self, trainer: pl.Trainer, gathered: int) -> int:
+        """How many of the gathered rows, the last ones, repeat the first ones to make the processes' shares equal."""
+        loader = CombinedLoader(trainer.val_dataloaders).flattened[self.dataloader_idx]
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return 0
+        repeated = gathered - len(sampler.dataset)  # type: ignore[arg-type]
+        return repeated if 0 < repeated < trainer.world_size else 0
+
+    def _draw(self, trainer: pl.Trainer, key: str) -> None:
+        if self._bins and trainer.loggers:
+            log_figure(trainer, key, reliability_diagram(self._bins["before"], self._bins["after"]))
+
+
+def gather_rows(trainer: pl.Trainer, rows: Tensor) -> Tensor:
+    """Return the rows of all processes, on the CPU, in the order in which a distributed sampler dealt them out.
+
+    Processes may hold different numbers of rows.
+
+    Args:
+        trainer: a Trainer inside one of its runs.
+        rows: ``(n, ...)`` on any device; ``n`` may differ between processes.
+    """
+    if trainer.world_size == 1:
+        return rows.cpu()
+    strategy = trainer.strategy
+    rows = rows.to(strategy.root_device)
+    counts = strategy.all_gather(torch.tensor(len(rows), device=rows.device))
+    padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    everything = strategy.all_gather(padded)  # (processes, largest n, ...)
+    present = torch.arange(padded.shape[0], device=rows.device) < counts[:, None]
+    return everything.transpose(0, 1)[present.T].cpu()

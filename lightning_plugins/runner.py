@@ -1,0 +1,306 @@
+"""Run a recipe: train, test, export, report. The part of the command line that needs torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import time
+from argparse import ArgumentError
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_plugins.files import write_atomically
+from lightning_plugins.logging import define_metric, log_artifact, log_summary
+from lightning_plugins.recipes import Recipe
+from lightning_plugins.report import write_report
+
+__all__ = ["LoggerName", "RecipeCLI", "RunInterrupted", "run"]
+
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+
+_FROM_DATA = ("num_classes", "in_channels", "image_size", "mean", "std")
+_RUN_DIR_VARIABLE = "LIGHTNING_PLUGINS_RUN_DIR"  # tells the further processes of one run where the first one writes
+
+
+class RunInterrupted(Exception):
+    """Somebody pressed Ctrl-C; the message says what is left and how to go on."""
+
+
+class RecipeCLI(LightningCLI):
+    """Build a recipe's parts by LightningCLI, without its subcommands and without ``sys.argv``.
+
+    Model arguments named ``num_classes``, ``in_channels``, ``image_size``, ``mean`` or ``std`` that the recipe leaves
+    at None are taken from the data module where it has an attribute of that name, so that one override changes the data.
+
+    Args:
+        recipe: the recipe.
+        overrides: ``--key=value`` strings.
+        run_dir: folder of the run; None builds the bare recipe, with the Trainer's own defaults for logs.
+        loggers: what the Trainer logs to in a run.
+    """
+
+    def __init__(
+        self, recipe: Recipe, overrides: Sequence[str], *, run_dir: Path | None = None, loggers: Sequence[Logger] = ()
+    ) -> None:
+        self.overrides = list(overrides)
+        self.run_dir = run_dir
+        self.loggers = list(loggers)
+        super().__init__(
+            args=["--config", recipe.text, *overrides],
+            run=False,
+            save_config_callback=None if run_dir is None else SaveConfigCallback,
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+        )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, and turn the parser's long messages about a wrong override into one sentence."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ValueError(_explain(str(error), self.overrides)) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in what the model wants to know about the data."""
+        model, data = self.config.get("model"), self.config.get("data")
+        arguments = model.get("init_args") if model is not None else None
+        wanting = [name for name in _FROM_DATA if arguments is not None and arguments.get(name, "") is None]
+        if not wanting or data is None:
+            return
+        datamodule = self.parser.instantiate_classes(Namespace(data=data.clone())).data
+        for name in wanting:
+            value = getattr(datamodule, name, None)
+            arguments[name] = list(value) if isinstance(value, tuple) else value
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer; in a run, with its loggers and a checkpoint of the last epoch inside its folder."""
+        if self.run_dir is not None:
+            trainer = self.config_init.trainer
+            kwargs |= {"default_root_dir": str(self.run_dir), "logger": [*self.loggers, *_as_list(trainer.logger)]}
+            callbacks = _as_list(trainer.callbacks)
+            if trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+                callbacks.append(ModelCheckpoint(self.run_dir / "checkpoints", filename="last", enable_version_counter=False))
+            kwargs["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(
+    recipe: Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    logger: LoggerName = "csv",
+    resume: str | None = None,
+    root: str = "runs",
+) -> Path:
+    """Train, test, export and report; return the run's folder.
+
+    Args:
+        recipe: the recipe.
+        overrides: ``--key=value`` strings.
+        logger: where metrics and pictures go besides the files in the run's folder.
+        resume: a checkpoint, or the folder of an earlier run; its weights, optimizer and callbacks go on from there.
+        root: folder of all runs; this one becomes ``root/<recipe>/<time>``.
+
+    Raises:
+        ValueError: for a wrong override, an unusable checkpoint or a folder that cannot be written.
+        RunInterrupted: after Ctrl-C.
+    """
+    checkpoint = None if resume is None else find_checkpoint(resume)
+    command = ["lightning-plugins", "run", recipe.name, *overrides]
+    run_dir = _make_run_dir(root, recipe.name)
+    try:
+        cli = RecipeCLI(recipe, overrides, run_dir=run_dir, loggers=_loggers(logger, run_dir, recipe.name))
+    except BaseException:
+        if not any(run_dir.iterdir()):
+            run_dir.rmdir()
+        raise
+    trainer, module, datamodule = cli.trainer, cli.model, cli.datamodule
+    for wandb_logger in trainer.loggers:
+        if isinstance(wandb_logger, WandbLogger):
+            wandb_logger.log_hyperparams({"recipe": recipe.name, "config": _plain_config(cli)})
+    define_metric(trainer, "val/acc", summary="max")
+
+    seconds: dict[str, float] = {}
+    start = time.monotonic()
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as error:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        raise RunInterrupted(_how_to_resume(run_dir, command)) from error
+    seconds["fit"] = time.monotonic() - start
+    metrics = _floats(trainer.callback_metrics)
+    tested = "last"
+    if is_overridden("test_step", module) and (datamodule is None or is_overridden("test_dataloader", datamodule)):
+        start = time.monotonic()
+        checkpoint_callback = trainer.checkpoint_callback
+        if getattr(checkpoint_callback, "monitor", None) is not None and not trainer.fast_dev_run:
+            tested = "best"
+        trainer.test(
+            module, datamodule=datamodule, ckpt_path="best" if tested == "best" else None, weights_only=True, verbose=False
+        )
+        seconds["test"] = time.monotonic() - start
+        metrics |= _floats(trainer.callback_metrics)
+    if trainer.is_global_zero:
+        _finish(cli, run_dir, recipe, command, metrics, seconds, tested)
+    return run_dir
+
+
+def find_checkpoint(path: str) -> str:
+    """Return the checkpoint at a path, or the newest one of a run's folder, after a look at whether it is whole.
+
+    Raises:
+        ValueError: if there is none, or it is damaged.
+    """
+    found = Path(path)
+    if found.is_dir():
+        candidates = sorted(found.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
+        if not candidates:
+            raise ValueError(f"there is no checkpoint (*.ckpt) in the folder {path!r}; name a run that saved one")
+        found = candidates[-1]
+    if not found.exists():
+        raise ValueError(f"there is no checkpoint {path!r}; pass a .ckpt file or the folder of a run")
+    try:
+        whole = "state_dict" in torch.load(found, map_location="meta", weights_only=True)
+    except Exception:  # noqa: BLE001  (torch raises half a dozen types for a damaged file)
+        whole = False
+    if not whole:
+        raise ValueError(f"the checkpoint {str(found)!r} is damaged or is no Lightning checkpoint; resume from another one")
+    return str(found)
+
+
+def _make_run_dir(root: str, name: str) -> Path:
+    if "LOCAL_RANK" in os.environ and _RUN_DIR_VARIABLE in os.environ:
+        return Path(os.environ[_RUN_DIR_VARIABLE])
+    stem = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    run_dir, attempt = stem, 1
+    while True:
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError as error:
+            if not run_dir.is_dir():
+                raise ValueError(f"the run folder {str(run_dir)!r} cannot be made: {error}; choose another --root") from error
+            attempt += 1
+            run_dir = stem.with_name(f"{stem.name}-{attempt}")
+        except OSError as error:
+            raise ValueError(f"the run folder {str(run_dir)!r} cannot be made: {error}; choose another --root") from error
+    os.environ[_RUN_DIR_VARIABLE] = str(run_dir.absolute())
+    return run_dir
+
+
+def _loggers(name: LoggerName, run_dir: Path, recipe: str) -> list[Logger]:
+    # The CSV logger comes first: its folder is the Trainer's log_dir, and the report reads its file.
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    if name == "tensorboard":
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    elif name == "wandb":
+        title = f"{recipe} {run_dir.name}"
+        loggers.append(WandbLogger(name=title, project="lightning-plugins", group=recipe, save_dir=run_dir))
+    return loggers
+
+
+def _finish(
+    cli: RecipeCLI,
+    run_dir: Path,
+    recipe: Recipe,
+    command: list[str],
+    metrics: dict[str, float],
+    seconds: dict[str, float],
+    tested: str,
+) -> None:
+    trainer = cli.trainer
+    exports = []
+    for callback in trainer.callbacks:
+        if hasattr(callback, "export"):
+            exports += callback.export(run_dir / "exports")
+    checkpoints = sorted(run_dir.glob("checkpoints/*.ckpt"))
+    results = {
+        "recipe": recipe.name,
+        "description": recipe.header().get("", ""),
+        "command": shlex.join(command),
+        "seed": cli.config.get("seed_everything"),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "weights_tested": tested,
+        "metrics": metrics,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "hardware": _hardware(trainer),
+        "versions": {name: version(name) for name in ("lightning-plugins", "lightning", "torch", "torchvision")},
+        "checkpoints": [str(path.relative_to(run_dir)) for path in checkpoints],
+        "exports": [str(path.relative_to(run_dir)) for path in exports],
+    }
+    write_atomically(run_dir / "results.json", json.dumps(results, indent=2).encode())
+    write_report(run_dir)
+    log_summary(trainer, {name: value for name, value in metrics.items() if name.startswith("test/")})
+    if exports:
+        log_artifact(trainer, run_dir / "exports", name=recipe.name.replace("/", "-"), type="model", metadata=metrics)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+def _how_to_resume(run_dir: Path, command: list[str]) -> str:
+    try:
+        checkpoint = find_checkpoint(str(run_dir))
+    except ValueError:
+        return f"interrupted before the first epoch was saved; nothing is left to resume in {run_dir}"
+    return f"interrupted; the last checkpoint is kept. Go on with:\n  {shlex.join([*command, '--resume', checkpoint])}"
+
+
+def _explain(message: str, overrides: list[str]) -> str:
+    """Name the override that the parser did not like."""
+    unknown = re.search(r"unrecognized arguments: (.*)", message)
+    if unknown:
+        return f"the override {unknown.group(1)} names nothing in this recipe; see lightning-plugins show NAME for its keys"
+    rejected = re.search(r"Option '([^']+)' is not accepted", message)
+    if rejected:
+        key = rejected.group(1)
+        given = next((o for o in overrides if o.split("=")[0].split(".")[-1] == key.split(".")[-1]), None)
+        owner = re.search(r"class_path '([^']+)'", message)
+        return f"{'the override ' + given if given else 'the recipe'} sets {key!r}, which " + (
+            f"{owner.group(1)} does not take" if owner else "is not accepted"
+        )
+    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def _hardware(trainer: pl.Trainer) -> str:
+    if torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = platform.processor() or platform.machine()
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():
+            named = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())
+            device = named.group(1) if named else device
+    return f"{trainer.world_size} x {device}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+
+
+def _plain_config(cli: RecipeCLI) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    return config
+
+
+def _floats(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
