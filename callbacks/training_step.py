@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -30,8 +30,8 @@ class _StepChain:
         training_step = pl_module.training_step
         if is_param_in_hook_signature(training_step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(
-                f"{type(pl_module).__name__}.training_step takes `dataloader_iter`, so there is no batch that a callback "
-                "could change; take `batch` instead."
+                f"{type(pl_module).__name__}.training_step takes `dataloader_iter`, so there is no batch that a "
+                "callback could change; take `batch` instead."
             )
         self.pl_module = pl_module
         self.inner = training_step
@@ -42,7 +42,7 @@ class _StepChain:
         self.restore = borrow_attribute(pl_module, "training_step", self.training_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the module (weight averaging, deployment) keeps the plain step: no callbacks, no half-made gradients.
+        # A copy of the module (weight averaging, deployment) has the plain step: no callbacks, no half-made gradients.
         return {**vars(self), "callbacks": [], "pending": {}, "restore": None}
 
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
@@ -60,8 +60,8 @@ class _StepChain:
     def backward(self, loss: Tensor) -> None:
         trainer = self.pl_module.trainer
         parameters = [parameter for parameter in self.pl_module.parameters() if parameter.requires_grad]
-        # Lightning zeroes the gradients after the step has returned. What is in .grad now (the last update's gradients, or
-        # the sum over earlier micro-batches) is put back, and what this loss adds waits for add_pending_gradients().
+        # Lightning zeroes the gradients after the step has returned. What is in .grad now (the last update's gradients,
+        # or the sum over earlier micro-batches) is put back, and what this loss adds waits for add_pending_gradients().
         kept = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -87,8 +87,8 @@ class TrainingStepCallback(pl.Callback):
     A subclass overrides :meth:`around_training_step`. Several of them nest in the order of the Trainer's callback list,
     the first one outermost: what it hands to ``step`` is what the next one receives as its batch. Everything happens
     inside the module's ``training_step``, hence under the Trainer's precision and strategy, and Lightning does the
-    backward pass, accumulation, clipping and the optimizer step as always. The module gets its own step back when fitting
-    ends, also when it ends by an exception.
+    backward pass, accumulation, clipping and the optimizer step as always. The module gets its own step back when
+    fitting ends, also when it ends by an exception.
 
     Works with any LightningModule under automatic optimization whose ``forward`` returns logits and whose batch starts
     with inputs and targets; for others there are the two arguments. What the module logs inside its step is logged once
@@ -192,7 +192,7 @@ class TrainingStepCallback(pl.Callback):
     def _refuse_manual_optimization(self, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"{type(self).__name__} changes the loss that Lightning backpropagates, but {type(pl_module).__name__} has "
-                "automatic_optimization=False and backpropagates inside its own step; use automatic optimization, or "
-                "call the method's function from lightning_plugins in your step."
+                f"{type(self).__name__} changes the loss that Lightning backpropagates, but {type(pl_module).__name__} "
+                "has automatic_optimization=False and backpropagates inside its own step; use automatic optimization, "
+                "or call the method's function from lightning_plugins in your step."
             )

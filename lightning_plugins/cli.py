@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         default="csv",
         help="where metrics and pictures go besides the run's folder (default: nowhere else)",
     )
-    command.add_argument("--resume", metavar="PATH", help="go on from a checkpoint, or from the last one of a run's folder")
+    command.add_argument(
+        "--resume", metavar="PATH", help="go on from a checkpoint, or from the last one of a run's folder"
+    )
     command.add_argument("--root", default="runs", help="folder of all runs (default: %(default)s)")
     command.set_defaults(function=_run)
     return parser
@@ -115,14 +117,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         recipe = recipes.find(arguments.name)  # before torch is imported: a typing error is answered at once
     except ValueError as error:
         return _fail(error)
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_plugins.runner import RunInterrupted, run
 
     try:
-        run_dir = run(
-            recipe, overrides, logger=arguments.logger, resume=arguments.resume, root=arguments.root
-        )
+        run_dir = run(recipe, overrides, logger=arguments.logger, resume=arguments.resume, root=arguments.root)
     except RunInterrupted as interruption:
         print(f"\n{interruption}", file=sys.stderr)
         return 130

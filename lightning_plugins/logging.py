@@ -23,6 +23,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_plugins.files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
@@ -36,7 +38,6 @@ __all__ = [
     "log_metrics",
     "log_summary",
     "log_table",
-    "write_atomically",
 ]
 
 
@@ -82,7 +83,7 @@ def log_image(
 
             information = PngInfo()
             if caption is not None:
-                information.add_itxt("Description", caption)
+                information.add_text("Description", caption)
             buffer = io.BytesIO()
             picture.save(buffer, format="png", pnginfo=information)
             write_atomically(_media_path(trainer, logger, key, ".png"), buffer.getvalue())
@@ -314,36 +315,6 @@ def log_callback_hyperparameters(trainer: pl.Trainer, callback: pl.Callback) -> 
             logger.log_hyperparams(params, metrics={})
         else:
             logger.log_hyperparams(params)
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all: under a temporary name beside it, then renamed. Folders are made.
-
-    Args:
-        path: the file; replaced if it exists.
-        content: its bytes.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: if it cannot be written; an earlier file of that name is then unharmed.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_atomically(Path(folder, "media", "note.txt"), b"done").read_text()
-        'done'
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _loggers(trainer: pl.Trainer) -> list[Logger]:

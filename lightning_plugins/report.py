@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins.logging import write_atomically
+from lightning_plugins.files import write_atomically
 
 __all__ = ["write_report"]
 
@@ -32,20 +32,23 @@ _ABBREVIATIONS = {"nll", "ece", "mce", "auroc", "kl", "kde", "mse", "mae", "mmd"
 Point = tuple[float, float]
 
 
-def write_report(folder: str | Path, *, title: str, description: str = "", headline: Sequence[str] = ()) -> Path:
+def write_report(
+    folder: str | Path, *, title: str | None = None, description: str | None = None, headline: Sequence[str] = ()
+) -> Path:
     """Write ``report.html`` into the folder of a run: one file that opens without a network and without scripts.
 
     What the folder holds is shown and what it lacks is left out: the curves of ``metrics.csv`` (Lightning's CSVLogger),
     the newest picture and table of each key below ``media/``, ``config.yaml``, and ``results.json``, a dictionary with
-    any of ``test`` (figures by name), ``command``, ``recipe``, ``seed`` (else the configuration's ``seed_everything``),
-    ``seconds``, ``date``, ``hardware``, ``versions`` (by package), ``checkpoint`` and ``exports`` (paths). The page
-    follows the reader's light or dark scheme.
+    any of ``recipe``, ``description``, ``metrics`` (figures by name), ``command``, ``seed``, ``seconds`` (a number, or
+    one for each phase by name), ``date``, ``hardware``, ``versions`` (by package), ``weights_tested``, ``checkpoints``
+    and ``exports`` (lists of paths). The page follows the reader's light or dark scheme.
 
     Args:
         folder: the run's folder.
-        title: heading, usually the recipe's name.
-        description: one sentence on what the run did.
-        headline: names of the test figures that become tiles, in this order. Default: the first six.
+        title: heading. Default: the recipe's name, else the folder's.
+        description: one sentence on what the run did. Default: the one in ``results.json``.
+        headline: names of the figures that become tiles, in this order. Default: the first six ``test/...``, or the
+            first six if nothing was tested.
 
     Returns:
         The path of the report. An earlier one is replaced, whole or not at all.
@@ -66,34 +69,40 @@ def write_report(folder: str | Path, *, title: str, description: str = "", headl
         raise FileNotFoundError(f"folder must be the folder that a run left, but there is none at {folder}")
     results = _read_results(folder / "results.json")
     configuration = _read_text(folder / "config.yaml")
-    test = results.get("test") or {}
-    if missing := [name for name in headline if name not in test]:
-        raise ValueError(
-            f"headline names {missing}, which are not among the test figures {sorted(test)}; name some of those"
-        )
-    seed = results.get("seed")
-    if seed is None and (found := re.search(r"^seed_everything:\s*(\S.*)$", configuration, re.MULTILINE)):
-        seed = found[1]
-
-    tiles = {name: test[name] for name in headline or list(test)[:_MAX_TILES]}
-    others = [[_path(_without_stage(name)), _figure(name, value)] for name, value in test.items() if name not in tiles]
-    tables = [_table("Further test figures", ["figure", "value"], others)] if others else []
+    title = title or results.get("recipe") or folder.resolve().name
+    description = results.get("description") if description is None else description
+    figures = results.get("metrics") or {}
+    if missing := [name for name in headline if name not in figures]:
+        raise ValueError(f"headline names {missing}, but the figures are {sorted(figures)}; name some of those")
+    if not headline:
+        headline = ([name for name in figures if name.startswith("test/")] or list(figures))[:_MAX_TILES]
+    tiles = {name: figures[name] for name in headline}
+    others = [
+        [_path(_without_stage(name)), _figure(name, value)] for name, value in figures.items() if name not in tiles
+    ]
+    tables = [_table("Further figures", ["figure", "value"], others)] if others else []
     tables += [_table_file(medium) for medium in _newest_media(folder / "media", ".csv")]
     pictures = [_picture(medium) for medium in _newest_media(folder / "media", ".png")]
+
+    seconds = results.get("seconds")
+    phases = seconds if isinstance(seconds, dict) else {}
+    date = re.sub(r"(?<=\d)T(?=\d)", " ", str(results.get("date") or ""))
+    total = "" if seconds is None else _duration(sum(phases.values()) if phases else seconds)
     facts = {
         "Recipe": results.get("recipe"),
-        "Seed": seed,
-        "Date": results.get("date"),
-        "Time": None if results.get("seconds") is None else _duration(results["seconds"]),
+        "Seed": results.get("seed"),
+        "Date": date,
+        "Time": ", ".join(f"{name} {_duration(value)}" for name, value in phases.items()) or total,
         "Hardware": results.get("hardware"),
         "Versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
-        "Checkpoint": results.get("checkpoint"),
+        "Weights tested": results.get("weights_tested"),
+        "Checkpoints": ", ".join(map(str, results.get("checkpoints") or [])),
         "Exports": ", ".join(map(str, results.get("exports") or [])),
     }
     body = [
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(description)}</p>' if description else "",
-        _line_of(facts["Date"], facts["Time"], facts["Hardware"]),
+        _line_of(date, total, facts["Hardware"]),
         "</header>",
         f'<ul class="tiles">{"".join(_tile(name, value) for name, value in tiles.items())}</ul>' if tiles else "",
         _section("Curves", "curves", _charts(folder / "metrics.csv")),
@@ -267,7 +276,9 @@ def _tile(name: str, value: Any) -> str:
 
 def _repeat(command: Any, facts: Mapping[str, Any]) -> list[str]:
     shown = [f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items() if fact not in (None, "")]
-    parts = [f"<pre>{escape(str(command))}</pre>"] if command else []
+    # Each word by itself, since browsers would break a line inside of "--option".
+    words = re.sub(r"\S+", lambda word: f"<span>{escape(word[0])}</span>", str(command))
+    parts = [f"<pre>{words}</pre>"] if command else []
     return [*parts, f"<dl>{''.join(shown)}</dl>"] if shown else parts
 
 
@@ -482,9 +493,10 @@ pre {
   white-space: pre-wrap; overflow-wrap: anywhere;
 }
 .repeat pre { padding: 0.75rem 0.95rem; border-radius: 7px; background: var(--page); }
+.repeat pre span { display: inline-block; max-width: 100%; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.35rem 1.4rem; margin: 1rem 0 0; font-size: 0.93rem; }
 dl:first-child { margin-top: 0; }
-dt { color: var(--muted); }
+dt { color: var(--muted); white-space: nowrap; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 details { margin-top: 3rem; padding: 0.9rem 1.1rem; }
 summary { cursor: pointer; font-weight: 600; }

@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_plugins.files import write_atomically
@@ -47,7 +46,7 @@ class RecipeCLI(LightningCLI):
     """Build a recipe's parts by LightningCLI, without its subcommands and without ``sys.argv``.
 
     Model arguments named ``num_classes``, ``in_channels``, ``image_size``, ``mean`` or ``std`` that the recipe leaves
-    at None are taken from the data module where it has an attribute of that name, so that one override changes the data.
+    at None are taken from the data module where it has an attribute of that name: one override changes the data.
 
     Args:
         recipe: the recipe.
@@ -78,12 +77,14 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fill in what the model wants to know about the data."""
-        model, data = self.config.get("model"), self.config.get("data")
-        arguments = model.get("init_args") if model is not None else None
-        wanting = [name for name in _FROM_DATA if arguments is not None and arguments.get(name, "") is None]
-        if not wanting or data is None:
+        arguments: Any = self.config.get("model.init_args")
+        data: Any = self.config.get("data")
+        if arguments is None or data is None:
             return
-        datamodule = self.parser.instantiate_classes(Namespace(data=data.clone())).data
+        wanting = [name for name in _FROM_DATA if arguments.get(name, "") is None]
+        if not wanting:
+            return
+        datamodule = self.parser.instantiate_classes(Namespace(data=data.clone())).data  # type: ignore[no-untyped-call]
         for name in wanting:
             value = getattr(datamodule, name, None)
             arguments[name] = list(value) if isinstance(value, tuple) else value
@@ -95,7 +96,9 @@ class RecipeCLI(LightningCLI):
             kwargs |= {"default_root_dir": str(self.run_dir), "logger": [*self.loggers, *_as_list(trainer.logger)]}
             callbacks = _as_list(trainer.callbacks)
             if trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-                callbacks.append(ModelCheckpoint(self.run_dir / "checkpoints", filename="last", enable_version_counter=False))
+                callbacks.append(
+                    ModelCheckpoint(self.run_dir / "checkpoints", filename="last", enable_version_counter=False)
+                )
             kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -150,10 +153,14 @@ def run(
     if is_overridden("test_step", module) and (datamodule is None or is_overridden("test_dataloader", datamodule)):
         start = time.monotonic()
         checkpoint_callback = trainer.checkpoint_callback
-        if getattr(checkpoint_callback, "monitor", None) is not None and not trainer.fast_dev_run:
+        if getattr(checkpoint_callback, "monitor", None) is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             tested = "best"
         trainer.test(
-            module, datamodule=datamodule, ckpt_path="best" if tested == "best" else None, weights_only=True, verbose=False
+            module,
+            datamodule=datamodule,
+            ckpt_path="best" if tested == "best" else None,
+            weights_only=True,
+            verbose=False,
         )
         seconds["test"] = time.monotonic() - start
         metrics |= _floats(trainer.callback_metrics)
@@ -181,7 +188,9 @@ def find_checkpoint(path: str) -> str:
     except Exception:  # noqa: BLE001  (torch raises half a dozen types for a damaged file)
         whole = False
     if not whole:
-        raise ValueError(f"the checkpoint {str(found)!r} is damaged or is no Lightning checkpoint; resume from another one")
+        raise ValueError(
+            f"the checkpoint {str(found)!r} is damaged or is no Lightning checkpoint; resume from another one"
+        )
     return str(found)
 
 
@@ -196,11 +205,15 @@ def _make_run_dir(root: str, name: str) -> Path:
             break
         except FileExistsError as error:
             if not run_dir.is_dir():
-                raise ValueError(f"the run folder {str(run_dir)!r} cannot be made: {error}; choose another --root") from error
+                raise ValueError(
+                    f"the run folder {str(run_dir)!r} cannot be made: {error}; choose another --root"
+                ) from error
             attempt += 1
             run_dir = stem.with_name(f"{stem.name}-{attempt}")
         except OSError as error:
-            raise ValueError(f"the run folder {str(run_dir)!r} cannot be made: {error}; choose another --root") from error
+            raise ValueError(
+                f"the run folder {str(run_dir)!r} cannot be made: {error}; choose another --root"
+            ) from error
     os.environ[_RUN_DIR_VARIABLE] = str(run_dir.absolute())
     return run_dir
 
@@ -227,7 +240,7 @@ def _finish(
 ) -> None:
     trainer = cli.trainer
     exports = []
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "export"):
             exports += callback.export(run_dir / "exports")
     checkpoints = sorted(run_dir.glob("checkpoints/*.ckpt"))
@@ -267,7 +280,7 @@ def _explain(message: str, overrides: list[str]) -> str:
     """Name the override that the parser did not like."""
     unknown = re.search(r"unrecognized arguments: (.*)", message)
     if unknown:
-        return f"the override {unknown.group(1)} names nothing in this recipe; see lightning-plugins show NAME for its keys"
+        return f"the override {unknown.group(1)} names nothing that there is; `lightning-plugins show NAME` prints the keys"
     rejected = re.search(r"Option '([^']+)' is not accepted", message)
     if rejected:
         key = rejected.group(1)
@@ -288,7 +301,8 @@ def _hardware(trainer: pl.Trainer) -> str:
         if cpuinfo.exists():
             named = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())
             device = named.group(1) if named else device
-    return f"{trainer.world_size} x {device}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{trainer.world_size} x {device}, {cores} CPU cores"
 
 
 def _plain_config(cli: RecipeCLI) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     text: str
 
     def header(self) -> dict[str, str]:
-        """Return the opening comment: its first sentence under ``""``, and what follows each ``Word:`` under the word."""
+        """Return the opening comment: its first paragraph under ``""``, what follows each ``Word:`` under that word."""
         header: dict[str, str] = {}
         key = ""
         for line in self.text.splitlines():

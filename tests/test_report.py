@@ -26,7 +26,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.tags, self.attributes, self.texts, self.open = [], [], {}, []
+        self.tags, self.attributes, self.texts, self.blocks, self.open = [], [], {}, {}, []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -36,6 +36,7 @@ class Page(HTMLParser):
         self.attributes += [(tag, name, value) for name, value in attrs]
         if tag not in VOID:
             self.open.append(tag)
+            self.blocks.setdefault(tag, []).append("")
 
     def handle_startendtag(self, tag, attrs):  # <path/> in a drawing
         self.tags.append(tag)
@@ -47,6 +48,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open:
             self.texts.setdefault(self.open[-1], []).append(data)
+        for tag in set(self.open):
+            self.blocks[tag][-1] += data
 
     def of(self, tag: str) -> list[str]:
         return self.texts.get(tag, [])
@@ -84,17 +87,19 @@ def run_folder(tmp_path):
     rows += [
         {"epoch": epoch, "step": 4 * epoch + 3, "val/nll": 0.5, "val/acc": 0.8, "val/ece": 0.1} for epoch in (0, 1)
     ]
-    rows += [{"epoch": 2, "step": 8, "test/acc": 0.875}]
+    rows += [{"epoch": 2, "step": step, "test/acc": 0.875} for step in (8, 9)]
     metrics(tmp_path, rows)
     results = {
-        "test": {"test/acc": 0.875, "test/nll": 0.123456, "test/ece": math.nan},
-        "seconds": 83.2,
+        "metrics": {"test/acc": 0.875, "test/nll": 0.123456, "test/ece": math.nan},
+        "seconds": {"fit": 80.0, "test": 3.2},
+        "seed": 42,
+        "weights_tested": "best",
         "command": "lightning-plugins run quickstart",
         "recipe": "quickstart",
         "versions": {"torch": "2.15.0", "lightning": "2.6.6"},
         "hardware": "2 CPU cores",
-        "date": "2026-11-21",
-        "checkpoint": "last.ckpt",
+        "date": "2026-11-21T09:58:00+00:00",
+        "checkpoints": ["last.ckpt"],
         "exports": ["model.onnx", "calibrator.safetensors"],
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -195,7 +200,7 @@ def test_figures_of_the_test(run_folder):
 def test_headline_chooses_and_the_rest_is_a_table(run_folder):
     page = read(write_report(run_folder, title="Quickstart", headline=["test/nll"]))
     assert [value for tag, name, value in page.attributes if (tag, name) == ("li", "title")] == ["test/nll"]
-    assert "Further test figures" in page.of("strong")
+    assert "Further figures" in page.of("strong")
     assert page.of("td")[:4] == ["accuracy", "87.50\u202f%", "ECE", "NaN"]
     with pytest.raises(ValueError, match=r"headline names \['test/f1'\], .*; name some of those"):
         write_report(run_folder, title="Quickstart", headline=["test/f1"])
@@ -215,17 +220,17 @@ def test_headline_chooses_and_the_rest_is_a_table(run_folder):
     ],
 )
 def test_values_are_shown_as_what_they_are(tmp_path, value, shown):
-    (tmp_path / "results.json").write_text(json.dumps({"test": {"value": value}}))
+    (tmp_path / "results.json").write_text(json.dumps({"metrics": {"value": value}}))
     assert shown in read(write_report(tmp_path, title="t")).of("span")
 
 
 def test_table_cells(run_folder):
     (run_folder / "media/layers-step_00000008.csv").write_text(
-        "layer,n\nconv,12345678\nfc,nan\n<b>,0.123456\n\nx,1,2\n"
+        "layer,n\nconv,12345678901\nfc,nan\n<b>,0.123456\n\nx,1,2\n"
     )
     page = read(write_report(run_folder, title="Quickstart"))
     assert page.of("th") == ["layer", "n"]
-    assert page.of("td") == ["conv", "12345678", "fc", "NaN", "<b>", "0.1235", "x", "1", "2"]
+    assert page.of("td") == ["conv", "12345678901", "fc", "NaN", "<b>", "0.1235", "x", "1", "2"]
 
 
 def test_long_table_is_cut_and_says_so(run_folder):
@@ -240,14 +245,15 @@ def test_how_to_repeat(run_folder):
     assert dict(zip(page.of("dt"), page.of("dd"), strict=True)) == {
         "Recipe": "quickstart",
         "Seed": "42",
-        "Date": "2026-11-21",
-        "Time": "1 min 23 s",
+        "Date": "2026-11-21 09:58:00+00:00",
+        "Time": "fit 1 min 20 s, test 3.2 s",
         "Hardware": "2 CPU cores",
         "Versions": "torch 2.15.0, lightning 2.6.6",
-        "Checkpoint": "last.ckpt",
+        "Weights tested": "best",
+        "Checkpoints": "last.ckpt",
         "Exports": "model.onnx, calibrator.safetensors",
     }
-    assert page.of("pre") == ["lightning-plugins run quickstart", "seed_everything: 42\nmodel: <a & b>\n"]
+    assert page.blocks["pre"] == ["lightning-plugins run quickstart", "seed_everything: 42\nmodel: <a & b>\n"]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(1.25, "1.25 s"), (60, "1 min 0 s"), (7384.4, "2 h 3 min")])
@@ -260,12 +266,32 @@ def test_durations(tmp_path, seconds, shown):
 def test_a_missing_part_is_left_out(run_folder, missing):
     os.rename(run_folder / missing, run_folder / "elsewhere")
     page = read(write_report(run_folder, title="Quickstart"))
-    sections = {"metrics.csv": ["Curves"], "media": ["Pictures", "Tables"]}.get(missing, [])
+    sections = {
+        "metrics.csv": ["Curves"],
+        "media": ["Pictures", "Tables"],
+        "results.json": ["How to repeat it"],
+    }.get(missing, [])
     assert page.of("h2") == [
         name for name in ("Curves", "Pictures", "Tables", "How to repeat it") if name not in sections
     ]
     assert ("details" in page.tags) == (missing != "config.yaml")
     assert ("li", "title", "test/acc") in page.attributes or missing == "results.json"
+
+
+def test_title_and_description_come_from_the_results(tmp_path):
+    assert read(write_report(tmp_path)).of("h1") == [tmp_path.name]
+    results = {
+        "recipe": "quickstart",
+        "description": "Trains.",
+        "metrics": {"val/acc": 0.5},
+        "seconds": {"fit": 1, "test": 2},
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = read(write_report(tmp_path))
+    assert (page.of("h1"), page.of("p")) == (["quickstart"], ["Trains."])
+    assert "3 s" in page.of("span")
+    assert ("li", "title", "val/acc") in page.attributes  # nothing was tested
+    assert read(write_report(tmp_path, description="")).of("p") == []
 
 
 def test_an_empty_folder_gives_a_title(tmp_path):
@@ -340,15 +366,15 @@ def test_many_lines_spread_over_charts_and_many_charts_are_cut(tmp_path):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
-@given(text=st.text(st.characters(exclude_characters="\r\0"), min_size=1))
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1))
 def test_all_text_is_escaped(tmp_path, text):
     text = f"</pre></style><script>'\"&amp;{text}"
-    results = {"command": text, "test": {text: text}, "hardware": text, "versions": {text: text}, "exports": [text]}
+    results = {"command": text, "metrics": {text: text}, "hardware": text, "versions": {text: text}, "exports": [text]}
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "config.yaml").write_bytes(text.encode())
     page = read(write_report(tmp_path, title=text, description=text))
     assert page.of("h1") == page.of("title") == [text]
-    assert page.of("pre") == [text, text]
+    assert page.blocks["pre"] == [text, text]
     assert ("li", "title", text) in page.attributes
     assert "script" not in page.tags
 

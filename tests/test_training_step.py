@@ -146,7 +146,12 @@ def test_the_step_may_be_replaced_or_skipped(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}],
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
+    ],
     ids=["plain", "accumulate", "clip", "both"],
 )
 def test_losses_backpropagated_one_by_one_equal_their_sum(tmp_path, arguments):
@@ -374,9 +379,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path, accumulate):
     one = Dealt()
     callbacks = [Shift(1.0), SeveralLosses(one_by_one=True), Scale()]
     make_trainer(tmp_path, 2, *callbacks, accumulate_grad_batches=accumulate).fit(one)
-    two = make_trainer(
-        tmp_path, 2, *callbacks, strategy="ddp_fork", devices=2, accumulate_grad_batches=accumulate
-    )
+    two = make_trainer(tmp_path, 2, *callbacks, strategy="ddp_fork", devices=2, accumulate_grad_batches=accumulate)
     two.fit(Dealt())
     first, second = (torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same_weights(first, second)

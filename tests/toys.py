@@ -19,7 +19,7 @@ def toy_data(n: int = 64, *, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % NUM_CLASSES
     inputs = torch.randn(n, 8, generator=generator)
-    inputs[:, :NUM_CLASSES] += 1.5 * F.one_hot(labels, NUM_CLASSES)
+    inputs[:, :NUM_CLASSES] += 2.0 * F.one_hot(labels, NUM_CLASSES)
     return TensorDataset(inputs, labels)
 
 
@@ -142,7 +142,9 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def assert_same_weights(first: nn.Module | dict[str, Tensor], second: nn.Module | dict[str, Tensor], **tolerance: float) -> None:
+def assert_same_weights(
+    first: nn.Module | dict[str, Tensor], second: nn.Module | dict[str, Tensor], **tolerance: float
+) -> None:
     first = first if isinstance(first, dict) else weights(first)
     second = second if isinstance(second, dict) else weights(second)
     assert first.keys() == second.keys()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric
@@ -22,11 +21,14 @@ from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_
 from lightning_plugins.calibration import (
     CalibrationError,
     Calibrator,
+    ReliabilityBins,
     TemperatureScaling,
+    reliability_bins,
     reliability_diagram,
 )
 from lightning_plugins.callbacks._borrow import borrow_attribute
-from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_summary
+from lightning_plugins.files import write_atomically
+from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics
 
 __all__ = ["CalibratedModule", "PostHocCalibration"]
 
@@ -66,8 +68,9 @@ class _ForwardTap:
             if calibrator is not None:
                 shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
                 raise MisconfigurationException(
-                    f"PostHocCalibration expected forward to return logits (N, C), found {type(output).__name__}{shape}; "
-                    "set calibrate_outputs=False and use calibrated_module() or the calibrator itself."
+                    "PostHocCalibration expected forward to return logits (N, C), found "
+                    f"{type(output).__name__}{shape}; set calibrate_outputs=False and use calibrated_module() or the "
+                    "calibrator itself."
                 )
             return output
 
@@ -83,8 +86,8 @@ class PostHocCalibration(pl.Callback):
     more forward pass is made. In ``test`` and ``predict``, ``forward`` returns calibrated log-probabilities, which are
     logits too: a cross-entropy, softmax or argmax in the module's step needs no change.
 
-    Logged (nats, and fractions in [0, 1]): ``calibration/nll_before``, ``nll_after``, ``ece_before``, ``ece_after`` on the
-    data of the fit, with the calibrator's own quantities such as ``calibration/temperature``; the same four under
+    Logged (nats, and fractions in [0, 1]): ``calibration/nll_before``, ``nll_after``, ``ece_before``, ``ece_after`` on
+    the data of the fit, with the calibrator's own quantities such as ``calibration/temperature``; the same four under
     ``test/``; reliability diagrams ``calibration/reliability`` and ``test/reliability``. ECE after the fit, on the data
     of the fit, flatters; the figures to quote are those of the test set.
 
@@ -309,8 +312,8 @@ class PostHocCalibration(pl.Callback):
     def _calibrate_forward(self, pl_module: pl.LightningModule, stage: str) -> None:
         if not self.is_fitted:
             raise MisconfigurationException(
-                f"PostHocCalibration has no fitted calibrator for {stage}; run trainer.fit or trainer.validate before, or "
-                "pass ckpt_path= of a checkpoint that was saved with this callback."
+                f"PostHocCalibration has no fitted calibrator for {stage}; run trainer.fit or trainer.validate before, "
+                "or pass ckpt_path= of a checkpoint that was saved with this callback."
             )
         self.calibrator.to(pl_module.device)
         self._tap = _ForwardTap(pl_module, self.calibrator if self.calibrate_outputs else None)

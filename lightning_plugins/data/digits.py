@@ -19,7 +19,7 @@ class DigitsDataModule(ImageDataModule):
 
     The data set has no official test split. A quarter of every class (451 images) is the test set here, the same for
     every seed, so that test figures compare. Pixel values 0 .. 16 are divided by 16, exactly.
-    ``augmentation=True`` does nothing: the digits are centred and a flip would change them.
+    ``augmentation=True`` does nothing: a flip would change the digits, and a pixel is an eighth of the image.
 
     Args:
         batch_size: see :class:`ImageDataModule`, as for all arguments; ``root`` is not needed.

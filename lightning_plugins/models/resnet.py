@@ -25,8 +25,8 @@ class _BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        out = self.relu2(out + self.shortcut(x))
-        return out  # noqa: RET504  (a bare call is typed Any)
+        result: Tensor = self.relu2(out + self.shortcut(x))
+        return result
 
 
 class CifarResNet(nn.Module):

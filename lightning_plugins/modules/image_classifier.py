@@ -30,8 +30,9 @@ class ImageClassifier(pl.LightningModule):
     Args:
         model: a network from :mod:`lightning_plugins.models` or torchvision by name, or any module from images to
             logits.
-        num_classes: number of logits ``C``.
-        in_channels: channels of the images; used where ``model`` is a name.
+        num_classes: number of logits ``C``. A recipe that leaves it out takes it from its data module, and so the next
+            two, ``mean`` and ``std``.
+        in_channels: channels of the images, where ``model`` is a name; None means 3.
         image_size: height and width in pixels, for named networks that ask for it.
         model_args: further arguments of a named network, such as ``{"width": 8}``.
         mean: per channel, on the [0, 1] scale; None together with ``std`` means no normalisation.
@@ -62,8 +63,8 @@ class ImageClassifier(pl.LightningModule):
         self,
         model: nn.Module | str,
         *,
-        num_classes: int,
-        in_channels: int = 3,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
         image_size: int | None = None,
         model_args: dict[str, Any] | None = None,
         mean: Sequence[float] | None = None,
@@ -74,8 +75,8 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
+        if num_classes is None or num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes!r}; it is the data's number of classes")
         if (mean is None) != (std is None):
             raise ValueError(f"give both mean and std or neither, got mean={mean!r}, std={std!r}")
         if std is not None and not all(value > 0 for value in std):
@@ -87,7 +88,11 @@ class ImageClassifier(pl.LightningModule):
         self.save_hyperparameters(ignore=objects if isinstance(model, str) else [*objects, "model"])
         if isinstance(model, str):
             model = build_model(
-                model, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **(model_args or {})
+                model,
+                num_classes=num_classes,
+                in_channels=3 if in_channels is None else in_channels,
+                image_size=image_size,
+                **(model_args or {}),
             )
         elif model_args:
             raise ValueError(f"model_args={model_args!r} needs a model name; {type(model).__name__} is built already")
@@ -115,9 +120,9 @@ class ImageClassifier(pl.LightningModule):
         if isinstance(batch, (tuple, list)) and len(batch) >= 2:
             images, targets = batch[:2]
             if images.device.type == "cpu" and not images.isfinite().all():
+                first = (~images.isfinite()).flatten(1).any(1).nonzero()[0].item()
                 raise ValueError(
-                    f"a batch has images that are not finite (at index "
-                    f"{(~images.isfinite()).flatten(1).any(1).nonzero()[0].item()} and maybe others); clean the data set"
+                    f"a batch has images that are not finite (at index {first}, maybe others); clean the data set"
                 )
             if targets.device.type == "cpu" and targets.ndim == 1 and len(targets):
                 low, high = targets.min().item(), targets.max().item()
@@ -137,7 +142,7 @@ class ImageClassifier(pl.LightningModule):
         self.train_accuracy.update(logits.detach(), hard)
         for metric in (self.train_loss, self.recent_loss):
             metric.update(loss.detach(), len(images))
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._refuse_non_finite_loss()
             self.log("train/loss", self.recent_loss.compute())
             self.recent_loss.reset()
@@ -205,6 +210,6 @@ class ImageClassifier(pl.LightningModule):
     def _refuse_non_finite_loss(self) -> None:
         if not self.train_loss.mean_value.isfinite():
             raise ValueError(
-                f"the training loss is not finite any more (step {self.global_step}, epoch {self.current_epoch}); lower "
-                "the learning rate, clip gradients, or look for faulty images; the last checkpoint is from before"
+                f"the training loss is not finite any more (step {self.global_step}, epoch {self.current_epoch}); "
+                "lower the learning rate, clip gradients, or look for faulty images; the last checkpoint is from before"
             )

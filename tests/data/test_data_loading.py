@@ -16,8 +16,9 @@ from lightning_plugins.data import DigitsDataModule, SeededSampler
 
 
 def digits(**arguments) -> DigitsDataModule:
-    # An augmentation that draws: a module of its own would not travel to spawned workers as a lambda.
-    data = DigitsDataModule(**{"batch_size": 400, "augmentation": v2.RandomCrop(8, padding=2), **arguments})
+    # 537 training images, and an augmentation that draws.
+    defaults = {"batch_size": 160, "val_fraction": 0.6, "augmentation": v2.RandomCrop(8, padding=2)}
+    data = DigitsDataModule(**{**defaults, **arguments})
     data.setup()
     return data
 
@@ -42,7 +43,7 @@ def test_an_epoch_repeats_and_differs_from_others_and_other_seeds():
 
 
 def test_augmentation_itself_changes_with_the_epoch():
-    loader = digits(batch_size=1210).train_dataloader()
+    loader = digits(batch_size=600).train_dataloader()
     loader.sampler.shuffle = False
     (first,), (second,) = epoch_of(loader, 0), epoch_of(loader, 1)
     changed = (first != second).flatten(1).any(1).float().mean()
@@ -92,6 +93,11 @@ def test_sampler_seeds_depend_on_seed_and_epoch():
     assert len({*seeds(0, 0).values(), *seeds(0, 1).values(), *seeds(1, 0).values()}) > 295
 
 
+def fingerprint(images: torch.Tensor) -> float:
+    weights = torch.arange(1, images.numel() + 1, dtype=torch.float64).reshape(images.shape)
+    return (weights * images).sum().item()
+
+
 class Recorder(pl.LightningModule):
     """A linear model that keeps a fingerprint of every training batch."""
 
@@ -102,8 +108,7 @@ class Recorder(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         images, targets = batch
-        weights = torch.arange(1, images.numel() + 1, dtype=torch.float64).reshape(images.shape)
-        self.seen.append((self.current_epoch, len(targets), (weights * images).sum().item()))
+        self.seen.append((self.current_epoch, len(targets), fingerprint(images)))
         return nn.functional.cross_entropy(self.layer(images.flatten(1)), targets)
 
     def validation_step(self, batch, batch_idx):
@@ -130,60 +135,47 @@ def trainer(folder: Path, epochs: int, *callbacks: pl.Callback, **arguments) -> 
     return pl.Trainer(**{**options, **arguments})
 
 
-def straight_run(folder: Path, **arguments) -> list[tuple[int, int, float]]:
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> list[tuple[int, int, float]]:
     model = Recorder()
-    trainer(folder, 3, **arguments).fit(model, datamodule=digits())
+    trainer(tmp_path_factory.mktemp("straight"), 3).fit(model, datamodule=digits())
     return model.seen
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_sees_the_same_batches(tmp_path, num_workers):
-    straight = straight_run(tmp_path)
-    assert [entry[:2] for entry in straight[:4]] == [(0, 400), (0, 400), (0, 400), (0, 10)]
+def test_trainer_epochs_are_those_of_a_plain_loop(straight):
+    loader = digits().train_dataloader()
+    assert [entry[:2] for entry in straight[:4]] == [(0, 160), (0, 160), (0, 160), (0, 57)]
     assert len({fingerprint for *_, fingerprint in straight}) == 12
+    for epoch in range(3):
+        assert [fingerprint(images) for images in epoch_of(loader, epoch)] == [
+            entry[2] for entry in straight if entry[0] == epoch
+        ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_sees_the_same_batches(tmp_path, straight, num_workers):
     # Written at the end of validation, before Lightning counts the epoch as done: its usual ModelCheckpoint.
-    saver = ModelCheckpoint(tmp_path, "last-{epoch}", save_top_k=-1)
-    half = trainer(tmp_path, 2, saver)
+    usual = ModelCheckpoint(tmp_path, "usual-{epoch}", save_top_k=-1)
+    each_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    half = trainer(tmp_path, 2, usual, each_step)
     half.fit(Recorder(), datamodule=digits(num_workers=num_workers))
     half.save_checkpoint(tmp_path / "after.ckpt")
-    for checkpoint in (tmp_path / "after.ckpt", tmp_path / "last-epoch=1.ckpt"):
+    for name, done in (("after", 8), ("usual-epoch=1", 8), ("usual-epoch=0", 4), ("step=6", 6), ("step=8", 8)):
         resumed = Recorder()
         data = digits(num_workers=num_workers)
-        trainer(tmp_path, 3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
-        assert resumed.seen == straight[8:], checkpoint
+        trainer(tmp_path, 3).fit(resumed, datamodule=data, ckpt_path=tmp_path / f"{name}.ckpt")
+        assert resumed.seen == straight[done:], name
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_resumed_within_an_epoch_sees_the_rest_of_it(tmp_path, num_workers):
-    straight = straight_run(tmp_path)
-    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer(tmp_path, 2, saver).fit(Recorder(), datamodule=digits(num_workers=num_workers))
-    resumed = Recorder()
-    data = digits(num_workers=num_workers)
-    trainer(tmp_path, 3).fit(resumed, datamodule=data, ckpt_path=tmp_path / "step=6.ckpt")
-    assert resumed.seen == straight[6:]
-
-
-def test_resume_under_a_limit_of_batches_starts_the_next_epoch_at_its_first_batch(tmp_path):
-    straight = straight_run(tmp_path, limit_train_batches=2)
-    half = trainer(tmp_path, 2, limit_train_batches=2)
-    half.fit(Recorder(), datamodule=digits())
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = Recorder()
-    trainer(tmp_path, 3, limit_train_batches=2).fit(resumed, datamodule=digits(), ckpt_path=tmp_path / "half.ckpt")
-    assert resumed.seen == straight[4:]
-
-
-def test_trainer_epochs_are_those_of_a_plain_loop(tmp_path):
-    straight = straight_run(tmp_path)
-    loader = digits().train_dataloader()
-    model = Recorder()
-    model.seen.clear()
-    for epoch in range(3):
-        for batch in epoch_of(loader, epoch):
-            weights = torch.arange(1, batch.numel() + 1, dtype=torch.float64).reshape(batch.shape)
-            model.seen.append((epoch, len(batch), (weights * batch).sum().item()))
-    assert model.seen == straight
+def test_resume_after_a_limited_epoch_starts_the_next_at_its_first_batch(tmp_path, straight):
+    limited = [entry for start in (0, 4, 8) for entry in straight[start : start + 2]]
+    each_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, 2, each_step, limit_train_batches=2).fit(Recorder(), datamodule=digits())
+    for done in (3, 4):
+        resumed = Recorder()
+        checkpoint = tmp_path / f"step={done}.ckpt"
+        trainer(tmp_path, 3, limit_train_batches=2).fit(resumed, datamodule=digits(), ckpt_path=checkpoint)
+        assert resumed.seen == limited[done:]
 
 
 def test_trainer_entry_points(tmp_path):
@@ -213,7 +205,7 @@ class WriteSeen(pl.Callback):
 @pytest.mark.timeout(120)
 def test_lightning_keeps_the_sampler_under_ddp(tmp_path):
     runner = trainer(tmp_path, 2, WriteSeen(tmp_path), devices=2, strategy="ddp_fork", enable_checkpointing=False)
-    runner.fit(Recorder(), datamodule=digits(val_fraction=0))
+    runner.fit(Recorder(), datamodule=digits(val_fraction=0, batch_size=400))
     ranks = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
     assert [lines[0] for lines in ranks] == ["SeededSampler 2 0", "SeededSampler 2 1"]
     assert not set(ranks[0][1:]) & set(ranks[1][1:])

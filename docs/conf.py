@@ -1,0 +1,34 @@
+"""Sphinx configuration: every warning is an error in CI."""
+
+from importlib.metadata import version as installed_version
+
+project = "lightning-plugins"
+author = "The lightning-plugins developers"
+copyright = f"2026, {author}"
+release = version = installed_version("lightning-plugins")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_mock_imports: list[str] = []
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Shape", "params_style")]
+
+html_theme = "furo"
+html_title = "lightning-plugins"
+html_static_path = ["_static"]
+html_show_sourcelink = False

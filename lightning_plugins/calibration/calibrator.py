@@ -1,0 +1,229 @@
+"""The one interface of post-hoc calibrators: fit on held-out logits, then map logits to calibrated log-probabilities."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Calibrator", "check_fit_data", "row_tiles"]
+
+
+class Calibrator(nn.Module, ABC):
+    """A map from logits to calibrated log-probabilities that is fitted after training, on held-out data.
+
+    Log-probabilities are logits too: a softmax, a cross-entropy or an argmax takes them as it took the logits. All
+    fitted state is in buffers, so it moves with ``.to(device)``, enters ``state_dict`` and is exported with a model;
+    a change of the floating type, such as ``.to(torch.bfloat16)`` on the model, leaves it alone.
+
+    A subclass sets :attr:`preserves_ranking`, registers buffers whose first values make the identity map, and writes
+    ``_fit`` and ``_calibrate``.
+
+    Attributes:
+        preserves_ranking: whether the classes of a sample keep their order, and with it the predicted class.
+        fit_info: numbers about the last fit: ``nll_before`` and ``nll_after`` on the data of the fit (nats),
+            ``converged``, ``iterations`` and whatever the method adds. Empty before a fit and after loading a state.
+
+    Shape:
+        - Input: logits ``(..., C)``, ``C`` classes.
+        - Output: log-probabilities ``(..., C)``, float32, or float64 for float64 logits.
+
+    Example:
+        >>> from lightning_plugins.calibration import TemperatureScaling
+        >>> logits, labels = torch.tensor([[4.0, 0.0], [4.0, 0.0], [0.0, 4.0], [4.0, 0.0]]), torch.tensor([0, 0, 1, 1])
+        >>> calibrator: Calibrator = TemperatureScaling().fit(logits, labels)
+        >>> calibrator(logits).exp()[0].round(decimals=4)  # three of four are right
+        tensor([0.7500, 0.2500])
+    """
+
+    preserves_ranking: ClassVar[bool]
+    fitted: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fitted", torch.tensor(False))
+        self.fit_info: dict[str, float | int | bool] = {}
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the state is that of a fit; before, the map is the identity followed by a log-softmax."""
+        return bool(self.fitted)
+
+    def fit(self, logits: Tensor, labels: Tensor) -> Self:
+        """Fit to held-out data that took no part in training; a second fit replaces the first.
+
+        Deterministic, draws no random numbers, leaves its arguments as they are, and works for callers inside
+        ``torch.no_grad`` or ``torch.inference_mode``. A fit that raises leaves the earlier state in place.
+
+        Args:
+            logits: ``(N, C)`` of any floating type, finite, ``N >= 1``, ``C >= 2``; log-probabilities will do.
+            labels: true classes ``(N,)``, integers in ``[0, C)``.
+
+        Returns:
+            The calibrator itself.
+
+        Raises:
+            TypeError: if ``logits`` are not floating-point or ``labels`` not integers.
+            ValueError: for wrong shapes, no rows, a label outside ``[0, C)``, non-finite logits, or probabilities.
+
+        Warns:
+            UserWarning: if the fit did not converge, or the mean negative log-likelihood rose.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            logits, labels = check_fit_data(logits, labels)
+            info = self._fit(logits, labels)
+            self.fitted = torch.tensor(True, device=self.fitted.device)
+        nll_before, nll_after = self._mean_nll(logits, labels)
+        self.fit_info = {**info, "nll_before": nll_before, "nll_after": nll_after}
+        if not info.get("converged", True):
+            warnings.warn(
+                f"{type(self).__name__} stopped before it converged, after {info.get('iterations')} iterations; compare "
+                "fit_info['nll_after'] with fit_info['nll_before'] before relying on it",
+                stacklevel=2,
+            )
+        # A millionth is what float32 log-probabilities can add up to.
+        if not nll_after <= nll_before + 1e-6 * (1 + abs(nll_before)):
+            warnings.warn(
+                f"{type(self).__name__} raised the negative log-likelihood of the data it was fitted on from "
+                f"{nll_before:.6g} to {nll_after:.6g}; use the uncalibrated logits, or another calibrator",
+                stacklevel=2,
+            )
+        return self
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return calibrated log-probabilities.
+
+        Raises:
+            TypeError: if ``logits`` are not floating-point.
+        """
+        if not logits.is_floating_point():
+            raise TypeError(f"logits must be floating-point, got {logits.dtype}; pass the network's raw outputs")
+        if logits.dtype not in (torch.float32, torch.float64):
+            logits = logits.float()
+        return self._calibrate(logits)
+
+    def quantities(self) -> dict[str, float]:
+        """Return the few fitted numbers that are worth logging, such as a temperature; none by default."""
+        return {}
+
+    @abstractmethod
+    def _fit(self, logits: Tensor, labels: Tensor) -> dict[str, float | int | bool]:
+        """Fit to checked data, with gradients enabled; set new buffers and return ``converged`` and other numbers."""
+
+    @abstractmethod
+    def _calibrate(self, logits: Tensor) -> Tensor:
+        """Map float32 or float64 logits ``(..., C)`` to log-probabilities of the same type."""
+
+    def _mean_nll(self, logits: Tensor, labels: Tensor) -> tuple[float, float]:
+        totals = torch.zeros(2, dtype=torch.float64, device=logits.device)
+        # The data may have been fitted on another device than the one this module is on.
+        device = self.fitted.device
+        with torch.no_grad():
+            for rows, classes in row_tiles(logits, labels):
+                after = self(rows.to(device)).to(rows.device)
+                before = rows.to(after.dtype).log_softmax(1)
+                index = classes[:, None]
+                totals -= torch.stack([part.gather(1, index).sum(dtype=torch.float64) for part in (before, after)])
+        before_total, after_total = (totals / len(labels)).tolist()
+        return before_total, after_total
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            try:
+                moved = fn(tensor)
+            except TypeError:  # a device without float64, such as mps
+                return fn(tensor.float())
+            # A model cast to half precision must not round its temperature.
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+def check_fit_data(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Check held-out logits and labels, and return them detached, on one device, fit for autograd.
+
+    Args:
+        logits: ``(N, C)``, as for :meth:`Calibrator.fit`.
+        labels: ``(N,)``, as for :meth:`Calibrator.fit`.
+
+    Returns:
+        The logits in their own floating type and the labels as int64; copies only where sharing is impossible.
+
+    Raises:
+        TypeError: if ``logits`` are not floating-point or ``labels`` not integers.
+        ValueError: for wrong shapes, no rows, a label outside ``[0, C)``, non-finite logits, or probabilities.
+
+    Example:
+        >>> _, labels = check_fit_data(torch.zeros(2, 3), torch.tensor([0, 2], dtype=torch.uint8))
+        >>> labels
+        tensor([0, 2])
+        >>> check_fit_data(torch.zeros(2, 3), torch.tensor([0, 3]))
+        Traceback (most recent call last):
+            ...
+        ValueError: labels must lie in [0, 3) for logits of 3 classes, found 3; ...
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating-point, got {logits.dtype}; pass the network's raw outputs")
+    if logits.ndim != 2:
+        raise ValueError(
+            f"logits must have shape (N, C), got {tuple(logits.shape)}; for dense predictions use "
+            "logits.movedim(1, -1).flatten(0, -2) and labels.flatten()"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer classes, got {labels.dtype}; use labels.argmax(1) or labels.long()")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels must have shape ({len(logits)},), one class for each row of logits, got {tuple(labels.shape)}; "
+            "pass class indices, not one-hot rows"
+        )
+    if len(logits) == 0:
+        raise ValueError("logits have no rows; pass at least one held-out sample")
+    num_classes = logits.shape[1]
+    if num_classes < 2:
+        raise ValueError(
+            f"logits must have at least 2 classes, got {num_classes}; for one logit z of a binary classifier pass "
+            "torch.cat([torch.zeros_like(z), z], dim=1)"
+        )
+    smallest, largest = (int(bound) for bound in labels.aminmax())
+    if smallest < 0 or largest >= num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}) for logits of {num_classes} classes, found "
+            f"{smallest if smallest < 0 else largest}; drop the rows of ignored labels"
+        )
+    lowest, highest = (float(bound) for bound in logits.detach().aminmax())
+    if not -float("inf") < lowest <= highest < float("inf"):  # aminmax carries NaN along
+        raise ValueError(
+            "logits must be finite, found NaN or infinity; drop those rows, or, for logarithms of zero, use "
+            "probs.clamp_min(torch.finfo(probs.dtype).tiny).log()"
+        )
+    if lowest >= 0 and highest <= 1:
+        tolerance = max(1e-3, torch.finfo(logits.dtype).eps)
+        sums_to_one = bool(((logits.detach().sum(1, dtype=torch.float32) - 1).abs() <= tolerance).all())
+        # Rows of 1/C each say the same as logits and as probabilities: nothing to refuse.
+        if sums_to_one and highest - lowest > tolerance:
+            raise ValueError(
+                "logits look like probabilities: all in [0, 1], every row with sum 1; pass the network's raw outputs, or "
+                "logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()"
+            )
+    if logits.device.type == "mps":  # fits need float64
+        logits = logits.cpu()
+    # Tensors made under inference mode cannot enter autograd; their clones can.
+    logits = logits.clone() if logits.is_inference() else logits.detach()
+    labels = labels.clone() if labels.is_inference() else labels
+    return logits, labels.to(device=logits.device, dtype=torch.int64)
+
+
+def row_tiles(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Split ``(N, C)`` logits and their labels, without copying, into tiles whose float64 form stays in a CPU's cache.
+
+    Example:
+        >>> [len(labels) for _, labels in row_tiles(torch.zeros(70_000, 4), torch.zeros(70_000))]
+        [32768, 32768, 4464]
+    """
+    elements = 2**17 if logits.device.type == "cpu" else 2**24
+    rows = max(1, elements // logits.shape[1])
+    return list(zip(logits.split(rows), labels.split(rows), strict=True))

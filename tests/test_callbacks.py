@@ -1,0 +1,251 @@
+"""What every callback promises. A new one joins by adding a row to CALLBACKS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import DemoModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from toys import (
+    TinyModule,
+    TorchvisionModule,
+    assert_same_weights,
+    image_and_label,
+    make_trainer,
+    weights,
+)
+
+from lightning_plugins.callbacks import PostHocCalibration, TrainingStepCallback
+
+
+class InputNoise(TrainingStepCallback):
+    """The smallest honest user of the training-step mechanism; its noise depends on the step alone."""
+
+    def around_training_step(self, trainer, pl_module, step, batch, batch_idx):
+        inputs, _ = self.batch_fn(batch)
+        generator = torch.Generator().manual_seed(trainer.global_step)
+        noise = torch.randn(inputs.shape, generator=generator).to(inputs)
+        return step(self.replace(batch, inputs, inputs + 0.1 * noise), batch_idx)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One callback with small valid arguments.
+
+    Attributes:
+        make: builds it; takes ``batch_fn`` and such.
+        needs_validation: a run without validation data is refused.
+        changes_training: the trained weights differ from those of a run without it.
+    """
+
+    make: Callable[..., pl.Callback]
+    needs_validation: bool = False
+    changes_training: bool = False
+
+
+CALLBACKS = {
+    "InputNoise": Row(InputNoise, changes_training=True),
+    "PostHocCalibration": Row(PostHocCalibration, needs_validation=True),
+}
+
+
+@pytest.fixture(params=CALLBACKS.values(), ids=CALLBACKS.keys())
+def row(request: pytest.FixtureRequest) -> Row:
+    return request.param
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "fast_dev_run": {"fast_dev_run": True},
+    "accumulate": {"accumulate_grad_batches": 2},
+    "clip": {"gradient_clip_val": 0.1},
+    "limit_batches": {"limit_train_batches": 2, "limit_val_batches": 1},
+    "val_check_interval": {"val_check_interval": 2},
+    "val_every_2": {"check_val_every_n_epoch": 2},
+    "overfit": {"overfit_batches": 1},
+    "sanity": {"num_sanity_val_steps": 2},
+    "max_steps": {"max_steps": 3},
+    "csv_logger": {"logger": True},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
+def test_trainer_flags(tmp_path, row, flags):
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, 2, row.make(), **flags)
+    trainer.fit(module)
+    assert trainer.global_step > 0
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def test_all_stages_work_after_fit(tmp_path, row):
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, 1, row.make())
+    trainer.fit(module)
+    trainer.validate(module, verbose=False)
+    trainer.test(module, verbose=False)
+    assert all(output.shape[1] == 3 for output in trainer.predict(module))
+
+
+def test_runs_without_validation_data(tmp_path, row):
+    trainer = make_trainer(tmp_path, 1, row.make(), limit_val_batches=0)
+    if row.needs_validation:
+        with pytest.raises(MisconfigurationException, match="limit_val_batches"):
+            trainer.fit(TinyModule())
+    else:
+        trainer.fit(TinyModule())
+
+
+def test_resume_equals_a_straight_run(tmp_path, row):
+    straight, halves = row.make(), row.make()
+    one, two = TinyModule(), TinyModule()
+    make_trainer(tmp_path, 4, straight).fit(one)
+    first = make_trainer(tmp_path, 2, row.make())
+    first.fit(TinyModule())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    make_trainer(tmp_path, 4, halves).fit(two, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert_same_weights(one, two)
+    torch.testing.assert_close(straight.state_dict(), halves.state_dict(), rtol=0, atol=0)
+
+
+def test_it_changes_the_weights_just_when_it_says_so(tmp_path, row):
+    plain, treated = TinyModule(), TinyModule()
+    make_trainer(tmp_path, 1).fit(plain)
+    make_trainer(tmp_path, 1, row.make()).fit(treated)
+    same = all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(treated).values(), strict=True))
+    assert same is not row.changes_training
+
+
+def test_removal_leaves_no_trace(tmp_path, row):
+    """Fitted with the callback and then without it, a module is what it would be had the first fit been a plain one."""
+    module, plain = TinyModule(), TinyModule()
+    make_trainer(tmp_path, 1).fit(plain)
+    trainer = make_trainer(tmp_path, 1, row.make())
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+    trainer.predict(module)
+    make_trainer(tmp_path, 1).fit(module)
+    assert set(vars(module)) == set(vars(plain))
+    assert not module._forward_hooks
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    if not row.changes_training:
+        make_trainer(tmp_path, 1).fit(plain)
+        assert_same_weights(plain, module)
+
+
+def test_module_modes_and_random_state_are_left_alone(tmp_path, row):
+    class Frozen(TinyModule):
+        def on_train_epoch_start(self) -> None:
+            self.net[1].eval()  # a user's frozen part must stay frozen
+
+        def on_train_end(self) -> None:
+            self.modes = [part.training for part in self.net]
+
+    outcomes = []
+    for callbacks in [], [row.make()]:
+        module = Frozen()
+        torch.manual_seed(7)
+        make_trainer(tmp_path, 1, *callbacks, limit_train_batches=3, val_check_interval=2).fit(module)
+        outcomes.append((torch.rand(3).tolist(), module.modes))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(tmp_path, row, precision):
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, 1, row.make(), precision=precision)
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def test_checkpoints_load_everywhere(tmp_path, row):
+    callback, module = row.make(), TinyModule()
+    checkpoint = ModelCheckpoint(tmp_path, filename="model")
+    make_trainer(tmp_path, 1, callback, checkpoint, enable_checkpointing=True).fit(module)
+    path = checkpoint.best_model_path
+    assert_same_weights(module, TinyModule.load_from_checkpoint(path, weights_only=True))
+    for other in (row.make(), None):  # with the callback and without
+        fresh = TinyModule()
+        trainer = make_trainer(tmp_path, 1, *([other] if other else []))
+        trainer.test(fresh, ckpt_path=path, weights_only=True, verbose=False)
+        assert_same_weights(module, fresh)
+        if other:
+            torch.testing.assert_close(other.state_dict(), callback.state_dict(), rtol=0, atol=0)
+
+
+def test_a_torchvision_net_in_a_users_module_with_dictionary_batches(tmp_path, row):
+    trainer = make_trainer(tmp_path, 1, row.make(batch_fn=image_and_label))
+    module = TorchvisionModule()
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+
+
+class DemoWithLabels(DemoModel):
+    """Lightning's own demo model; its data loader gives tuples of inputs and labels."""
+
+    def __init__(self) -> None:
+        super().__init__(out_dim=3)
+
+    def forward(self, x):
+        return super().forward(x)
+
+    def training_step(self, batch, batch_nb):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self(x), y)
+
+    def validation_step(self, batch, batch_nb):
+        x, y = batch
+        self.log("val_loss", torch.nn.functional.cross_entropy(self(x), y))
+
+    test_step = validation_step
+
+    def train_dataloader(self):
+        data = torch.utils.data.TensorDataset(torch.rand(16, 32), torch.arange(16) % 3)
+        return torch.utils.data.DataLoader(data, batch_size=8)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_lightnings_demo_model(tmp_path, row):
+    module = DemoWithLabels()
+    trainer = make_trainer(tmp_path, 1, row.make())
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+
+
+class WritesState(pl.Callback):
+    """Brings weights and callback states of each process back to the test; attributes do not survive the fork."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        states = {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks}
+        torch.save((weights(pl_module), states), f"{trainer.default_root_dir}/rank-{trainer.global_rank}.pt")
+
+
+@pytest.mark.processes
+def test_two_processes_agree(tmp_path, row):
+    trainer = make_trainer(tmp_path, 2, row.make(), WritesState(), strategy="ddp_fork", devices=2)
+    trainer.fit(TinyModule(batch_size=8))
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_same_weights(first[0], second[0])
+    torch.testing.assert_close(first[1], second[1], rtol=0, atol=0)
+
+
+def test_hyper_parameters_reach_the_loggers(tmp_path, row):
+    trainer = make_trainer(tmp_path, 1, row.make(), logger=True, limit_train_batches=1)
+    trainer.fit(TinyModule())
+    name = type(row.make()).__name__
+    text = "".join(path.read_text() for path in tmp_path.rglob("hparams.yaml"))
+    assert f"lightning_plugins/{name}/batch_fn" in text
+
+
+def test_every_public_callback_has_a_row():
+    import lightning_plugins.callbacks as public
+
+    concrete = set(public.__all__) - {"TrainingStepCallback"}
+    assert concrete <= set(CALLBACKS)
