@@ -58,22 +58,24 @@ class RecipeCLI(LightningCLI):
     def __init__(
         self, recipe: Recipe, overrides: Sequence[str], *, run_dir: Path | None = None, loggers: Sequence[Logger] = ()
     ) -> None:
-        self.overrides = list(overrides)
         self.run_dir = run_dir
         self.loggers = list(loggers)
-        super().__init__(
-            args=["--config", recipe.text, *overrides],
-            run=False,
-            save_config_callback=None if run_dir is None else SaveConfigCallback,
-            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
-        )
+        try:
+            super().__init__(
+                args=["--config", recipe.text, *overrides],
+                run=False,
+                save_config_callback=None if run_dir is None else SaveConfigCallback,
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+            )
+        except (ArgumentError, ValueError) as error:
+            # The second kind comes from building the parts: jsonargparse packs what they raise into a report of its own.
+            if isinstance(error, ArgumentError) or "\nErrors:\n" in str(error):
+                raise ValueError(_explain(str(error))) from error
+            raise
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse, and turn the parser's long messages about a wrong override into one sentence."""
-        try:
-            self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise ValueError(_explain(str(error), self.overrides)) from error
+        """Parse ``args`` alone; Lightning's own method warns if the program has arguments too."""
+        self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
         """Fill in what the model wants to know about the data."""
@@ -276,20 +278,48 @@ def _how_to_resume(run_dir: Path, command: list[str]) -> str:
     return f"interrupted; the last checkpoint is kept. Go on with:\n  {shlex.join([*command, '--resume', checkpoint])}"
 
 
-def _explain(message: str, overrides: list[str]) -> str:
-    """Name the override that the parser did not like."""
+def _explain(message: str) -> str:
+    """Say in one sentence which key the parser did not like, and why.
+
+    jsonargparse reports on every member of a union, inside each other; the first one is what the recipe means, and the
+    rest (most often None) is what else the argument could have been.
+    """
     unknown = re.search(r"unrecognized arguments: (.*)", message)
     if unknown:
-        return f"the override {unknown.group(1)} names nothing that there is; `lightning-plugins show NAME` prints the keys"
-    rejected = re.search(r"Option '([^']+)' is not accepted", message)
-    if rejected:
-        key = rejected.group(1)
-        given = next((o for o in overrides if o.split("=")[0].split(".")[-1] == key.split(".")[-1]), None)
-        owner = re.search(r"class_path '([^']+)'", message)
-        return f"{'the override ' + given if given else 'the recipe'} sets {key!r}, which " + (
-            f"{owner.group(1)} does not take" if owner else "is not accepted"
-        )
-    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
+        return f"the override {unknown.group(1)} names no key of this recipe; `lightning-plugins show NAME` prints them"
+    path, choices, text = "", [message], message
+    while True:
+        head, found, rest = text.partition("Errors:\n")
+        path += head
+        if not found:
+            break
+        indent = len(rest) - len(rest.lstrip(" "))
+        choices = re.split(rf"^ {{{indent}}}- ", rest, flags=re.MULTILINE)[1:]
+        if choices[0].startswith("Expected a"):
+            path += rest
+            break
+        text = choices[0]
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', path))
+    option = re.search(r"Option '([^']+)' is not accepted", text)
+    if option:
+        owner = re.findall(r"class_path '([^']+)':\s*Option", path)
+        return f"{key}.{option.group(1)} is no argument" + (f" of {owner[-1]}" if owner else "")
+    expected = [
+        re.sub(r"^<class '(?:builtins\.)?(.*)'>$|^typing\.Literal\[(.*)\]$", r"\1\2", kind)
+        for choice in choices
+        for kind in re.findall(r"^ *Expected a ([^\n]*?)(?:\. Got value: .*)?$", choice, flags=re.MULTILINE)
+        if "NoneType" not in kind
+    ]
+    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", path, flags=re.MULTILINE)
+    if expected and value:
+        class_paths_apart = [kind for kind in expected if not kind.startswith("dot import path")]
+        kinds = " or ".join(dict.fromkeys(class_paths_apart or ["the path of a class, such as package.Class"]))
+        return f"{key} must be {kinds}, got {value.group(1)}"
+    text = re.sub(r"Problem with given class_path '.*':|Parser key \".*\":|Type .* expects a .*?:", "", text)
+    text = re.sub(r"[.:]? *(?:Got|Given) value(?: type)?: .*", "", text)
+    text = text.partition("Subclass types expect")[0]
+    reason = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    return f"{key}: {reason}" if key else reason
 
 
 def _hardware(trainer: pl.Trainer) -> str:

@@ -34,15 +34,18 @@ class Recipe(NamedTuple):
     def header(self) -> dict[str, str]:
         """Return the opening comment: its first paragraph under ``""``, what follows each ``Word:`` under that word."""
         header: dict[str, str] = {}
-        key = ""
+        key: str | None = ""
         for line in self.text.splitlines():
             if not line.startswith("#"):
                 break
             words = line.removeprefix("#").strip()
+            if not words:
+                key = None  # a blank line ends what came before it
             start, colon, rest = words.partition(":")
             if colon and start.isidentifier() and start.istitle():
                 key, words = start, rest.strip()
-            header[key] = f"{header.get(key, '')} {words}".strip()
+            if key is not None:
+                header[key] = f"{header.get(key, '')} {words}".strip()
         return header
 
 

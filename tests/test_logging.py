@@ -60,19 +60,6 @@ class FakeRun:
         self.artifacts.append(artifact)
 
 
-@pytest.fixture(autouse=True)
-def wandb_stays_in(tmp_path, monkeypatch):
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "WANDB_DIR": tmp_path,
-        "WANDB_DATA_DIR": tmp_path / "data",
-        "WANDB_CACHE_DIR": tmp_path / "cache",
-        "WANDB_CONFIG_DIR": tmp_path / "config",
-    }.items():
-        monkeypatch.setenv(name, str(value))
-
-
 @pytest.fixture
 def make_trainer(tmp_path):
     return partial(

@@ -238,7 +238,7 @@ class PostHocCalibration(pl.Callback):
             "before": CalibrationError(self.num_bins, input="logits").to(device),
             "after": CalibrationError(self.num_bins, input="log_probs").to(device),
         }
-        self._test_nll = {when: MeanMetric().to(device) for when in ("before", "after")}
+        self._test_nll = {when: MeanMetric(nan_strategy="disable").to(device) for when in ("before", "after")}
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -259,7 +259,7 @@ class PostHocCalibration(pl.Callback):
         logits, labels = self._logits_and_labels(trainer, pl_module, batch)
         for when, log_probs in {"before": logits.float().log_softmax(1), "after": self.calibrator(logits)}.items():
             self._test_ece[when].update(log_probs, labels)
-            self._test_nll[when].update(nn.functional.nll_loss(log_probs, labels), len(labels))
+            self._test_nll[when].update(nn.functional.nll_loss(log_probs, labels, reduction="none"))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_tap()

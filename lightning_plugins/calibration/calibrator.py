@@ -1,4 +1,4 @@
-"""The one interface of post-hoc calibrators: fit on held-out logits, then map logits to calibrated log-probabilities."""
+"""The one interface of post-hoc calibrators: fit on held-out logits, then map logits to log-probabilities."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class Calibrator(nn.Module, ABC):
         self.fit_info = {**info, "nll_before": nll_before, "nll_after": nll_after}
         if not info.get("converged", True):
             warnings.warn(
-                f"{type(self).__name__} stopped before it converged, after {info.get('iterations')} iterations; compare "
-                "fit_info['nll_after'] with fit_info['nll_before'] before relying on it",
+                f"{type(self).__name__} stopped before it converged, after {info.get('iterations')} iterations; "
+                "compare fit_info['nll_after'] with fit_info['nll_before'] before relying on it",
                 stacklevel=2,
             )
         # A millionth is what float32 log-probabilities can add up to.
@@ -140,7 +140,8 @@ class Calibrator(nn.Module, ABC):
             # A model cast to half precision must not round its temperature.
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 def check_fit_data(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,8 +207,8 @@ def check_fit_data(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # Rows of 1/C each say the same as logits and as probabilities: nothing to refuse.
         if sums_to_one and highest - lowest > tolerance:
             raise ValueError(
-                "logits look like probabilities: all in [0, 1], every row with sum 1; pass the network's raw outputs, or "
-                "logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()"
+                "logits look like probabilities: all in [0, 1], every row with sum 1; pass the network's raw outputs, "
+                "or logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()"
             )
     if logits.device.type == "mps":  # fits need float64
         logits = logits.cpu()
@@ -218,12 +219,12 @@ def check_fit_data(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_tiles(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split ``(N, C)`` logits and their labels, without copying, into tiles whose float64 form stays in a CPU's cache.
+    """Split ``(N, C)`` logits and their labels, without copying, into tiles that stay in a CPU's cache.
 
     Example:
-        >>> [len(labels) for _, labels in row_tiles(torch.zeros(70_000, 4), torch.zeros(70_000))]
+        >>> [len(labels) for _, labels in row_tiles(torch.zeros(70_000, 8), torch.zeros(70_000))]
         [32768, 32768, 4464]
     """
-    elements = 2**17 if logits.device.type == "cpu" else 2**24
+    elements = 2**18 if logits.device.type == "cpu" else 2**24
     rows = max(1, elements // logits.shape[1])
-    return list(zip(logits.split(rows), labels.split(rows), strict=True))
+    return list(zip(torch.split(logits, rows), torch.split(labels, rows), strict=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,13 +19,15 @@ Norm = Literal["l1", "l2", "max"]
 Predictions = Literal["probs", "logits", "log_probs"]
 """What the rows of scores are."""
 
+Sums = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class ReliabilityBins:
     """Predictions grouped by the confidence in the predicted class: what a reliability diagram shows.
 
-    Bin ``b`` of ``B`` holds confidences in ``(b / B, (b + 1) / B]``; confidence 0 is in the first. The means of an empty
-    bin are NaN. All tensors are float64 on the CPU.
+    Bin ``b`` of ``B`` holds confidences in ``(b / B, (b + 1) / B]``; confidence 0 is in the first. The means of an
+    empty bin are NaN. All tensors are float64 on the CPU.
 
     Args:
         edges: ``(B + 1,)`` from 0 to 1.
@@ -48,7 +51,7 @@ class ReliabilityBins:
         """Expected calibration error in [0, 1]; NaN without samples."""
         return self.error("l1")
 
-    def error(self, norm: Norm) -> float:
+    def error(self, norm: Norm = "l1") -> float:
         """Return the calibration error in [0, 1] under a norm; NaN without samples."""
         filled = self.count > 0
         sums = (self.confidence * self.count).where(filled, 0.0), (self.accuracy * self.count).where(filled, 0.0)
@@ -171,11 +174,8 @@ class CalibrationError(Metric):
         confidence, correct, problems = _top_label(probs, labels, self.input)
         if problems.device.type != "cpu":
             self.problems = self.problems + problems
-        # Not in place: a state that was reset under inference mode could not be written outside of it.
-        sums = _bin_sums(confidence, correct, self.num_bins, self.count.dtype)
-        self.count, self.confidence, self.correct = (
-            state + batch for state, batch in zip((self.count, self.confidence, self.correct), sums, strict=True)
-        )
+        sums = (self.count, self.confidence, self.correct)
+        self.count, self.confidence, self.correct = _add_to_bins(sums, confidence, correct)
 
     def compute(self) -> Tensor:
         """Return the calibration error of all batches, of all processes."""
@@ -188,7 +188,7 @@ class CalibrationError(Metric):
             _raise_for(self.problems, self.input)
             return _bins_from_sums(self.count, self.confidence, self.correct)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: str | tuple[str, ...] = "") -> torch.nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         def with_fallback(tensor: Tensor) -> Tensor:
             try:
                 return fn(tensor)
@@ -212,8 +212,8 @@ def _check_form(scores: Tensor, labels: Tensor, input: Predictions) -> None:
         raise TypeError(f"{input} must be floating-point, got {scores.dtype}; pass scores, not predicted classes")
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(
-            f"{input} must have shape (N, C) with at least 2 classes, got {tuple(scores.shape)}; for p = P(class 1) pass "
-            "torch.stack([1 - p, p], 1), for dense predictions scores.movedim(1, -1).flatten(0, -2)"
+            f"{input} must have shape (N, C) with at least 2 classes, got {tuple(scores.shape)}; for p = P(class 1) "
+            "pass torch.stack([1 - p, p], 1), for dense predictions scores.movedim(1, -1).flatten(0, -2)"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integer classes, got {labels.dtype}; use labels.argmax(1) or labels.long()")
@@ -225,7 +225,7 @@ def _check_form(scores: Tensor, labels: Tensor, input: Predictions) -> None:
 
 
 def _top_label(scores: Tensor, labels: Tensor, input: Predictions) -> tuple[Tensor, Tensor, Tensor]:
-    """Return confidence ``(N,)``, whether the prediction is right ``(N,)``, and whether scores and labels are wrong ``(2,)``.
+    """Return confidence ``(N,)``, correctness ``(N,)``, and whether the scores and the labels are wrong ``(2,)``.
 
     On a CPU wrong ones raise; elsewhere finding out would make the device wait.
     """
@@ -236,24 +236,29 @@ def _top_label(scores: Tensor, labels: Tensor, input: Predictions) -> tuple[Tens
         scores = scores.float()
     if len(scores) == 0:
         return scores.new_zeros(0), labels.bool(), labels.new_zeros(2)
+    num_classes = scores.shape[1]
     top = scores.amax(1)
     if input == "logits":
         confidence = (scores - top[:, None]).exp_().sum(1).reciprocal_()
-        good_scores = confidence.sum().isfinite()
+        # A row's confidence is at least 1 / C, unless it holds NaN or +infinity.
+        bounds, least_allowed, most_allowed = confidence.aminmax(), 0.5 / num_classes, 2.0
+        smallest = top.new_zeros(())
     else:
         probs = scores if input == "probs" else scores.exp()
         confidence = top if input == "probs" else top.exp()
-        least, most = probs.sum(1).aminmax()  # both NaN if there is one
-        good_scores = (least >= 1 - tolerance) & (most <= 1 + tolerance) & (probs.amin() >= -tolerance)
+        bounds, least_allowed, most_allowed = probs.sum(1).aminmax(), 1 - tolerance, 1 + tolerance
+        smallest = probs.amin()
     first, last = labels.aminmax()
-    good_labels = (first >= 0) & (last < scores.shape[1])
     if scores.device.type != "cpu":
+        # NaN fails every comparison.
+        good_scores = (bounds.min >= least_allowed) & (bounds.max <= most_allowed) & (smallest >= -tolerance)
+        good_labels = (first >= 0) & (last < num_classes)
         return confidence, scores.argmax(1) == labels, torch.stack([~good_scores, ~good_labels]).long()
-    if not good_scores:
+    if not (bounds.min.item() >= least_allowed and bounds.max.item() <= most_allowed and smallest.item() >= -tolerance):
         low, high = (float(bound) for bound in scores.aminmax())
         raise ValueError(f"{_WRONG_SCORES[input]}; found values from {low:g} to {high:g}")
-    if not good_labels:
-        raise ValueError(f"{_WRONG_LABELS}; found {int(first)} to {int(last)} for {scores.shape[1]} classes")
+    if not (first.item() >= 0 and last.item() < num_classes):
+        raise ValueError(f"{_WRONG_LABELS}; found {int(first)} to {int(last)} for {num_classes} classes")
     # An argmax takes five times as long as looking at the label's own score. Only a tie needs one, and no two classes
     # can share more than half of the probability each.
     correct = scores.gather(1, labels[:, None]).squeeze(1) == top
@@ -266,8 +271,8 @@ def _top_label(scores: Tensor, labels: Tensor, input: Predictions) -> tuple[Tens
 _WRONG_SCORES = {
     "probs": 'probs must be finite, in [0, 1] and sum to 1 in every row; for raw network outputs pass input="logits"',
     "logits": "logits must not hold NaN or +infinity; drop those rows",
-    "log_probs": "log_probs must not hold NaN, and their exponentials must sum to 1 in every row; for raw network outputs "
-    'pass input="logits"',
+    "log_probs": "log_probs must not hold NaN, and their exponentials must sum to 1 in every row; for raw network "
+    'outputs pass input="logits"',
 }
 _WRONG_LABELS = "labels must lie in [0, C); drop the rows of ignored labels"
 
@@ -280,24 +285,31 @@ def _raise_for(problems: Tensor, input: Predictions) -> None:
         raise ValueError(f"{_WRONG_LABELS}; found others in {wrong_labels} of the updates")
 
 
-def _bin_sums(confidence: Tensor, correct: Tensor, num_bins: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each bin the number of samples, the sum of their confidences, and how many are right."""
-    # Edges in the type of the confidences: 0.2 in float32 lies above 0.2 in float64, and belongs to the bin below it.
-    inner_edges = (torch.arange(1, num_bins, dtype=torch.float64) / num_bins).to(confidence)
-    index = torch.bucketize(confidence, inner_edges)
-    zeros = torch.zeros(num_bins, dtype=dtype, device=confidence.device)
-    confidence = confidence.to(dtype)
+def _add_to_bins(sums: Sums, confidence: Tensor, correct: Tensor) -> Sums:
+    """Add samples to each bin's number of samples, sum of confidences, and number of right predictions."""
+    count, confidences, rights = sums
+    index = torch.bucketize(confidence, _inner_edges(len(count), confidence.dtype, confidence.device))
+    confidence = confidence.to(count.dtype)
+    # Not in place: a state that was reset under inference mode could not be written outside of it.
     return (
-        zeros.index_add(0, index, torch.ones_like(confidence)),
-        zeros.index_add(0, index, confidence),
-        zeros.index_add(0, index, correct.to(dtype)),
+        count.index_add(0, index, torch.ones_like(confidence)),
+        confidences.index_add(0, index, confidence),
+        rights.index_add(0, index, correct.to(count.dtype)),
     )
 
 
-def _sums_of(probs: Tensor, labels: Tensor, num_bins: int, input: Predictions) -> tuple[Tensor, Tensor, Tensor]:
+@functools.lru_cache(maxsize=32)
+def _inner_edges(num_bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # In the type of the confidences: 0.2 in float32 lies above 0.2 in float64, and belongs to the bin below it.
+    return (torch.arange(1, num_bins, dtype=torch.float64) / num_bins).to(device=device, dtype=dtype)
+
+
+def _sums_of(probs: Tensor, labels: Tensor, num_bins: int, input: Predictions) -> Sums:
     confidence, correct, problems = _top_label(probs, labels, input)
     _raise_for(problems, input)
-    return _bin_sums(confidence, correct, num_bins, torch.float32 if probs.device.type == "mps" else torch.float64)
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
+    zeros = torch.zeros(num_bins, dtype=dtype, device=probs.device)
+    return _add_to_bins((zeros, zeros, zeros), confidence, correct)
 
 
 def _error(count: Tensor, confidence: Tensor, correct: Tensor, norm: Norm) -> Tensor:

@@ -27,8 +27,8 @@ def reliability_diagram(
 ) -> Figure:
     """Draw a reliability diagram, or two side by side: accuracy, its gap to confidence, and where the samples are.
 
-    Bars reach up to the accuracy of a bin; the hatched part lies between accuracy and mean confidence, and below it is
-    how many of the samples the bin holds. Calibrated confidence follows the diagonal.
+    The hatched part of a bar lies between the accuracy and the mean confidence of its bin: orange where confidence is
+    too high, blue where it is too low. Below is the share of the samples in each bin.
 
     Args:
         bins: of :func:`.reliability_bins` or :meth:`.CalibrationError.bins`.
@@ -44,7 +44,7 @@ def reliability_diagram(
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
         >>> figure = reliability_diagram(reliability_bins(probs, torch.tensor([0, 1, 1])))
         >>> [axes.get_title() for axes in figure.axes]
-        ['ECE 26.7 %', '']
+        ['ECE 40.0 %', '']
 
     Reference:
         M. H. DeGroot, S. E. Fienberg, "The Comparison and Evaluation of Forecasters", The Statistician 32, 1983; the
@@ -53,7 +53,7 @@ def reliability_diagram(
     from matplotlib.figure import Figure
 
     panels = [bins] if after is None else [bins, after]
-    figure = Figure(figsize=(3.6 * len(panels) + 0.3, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(3.5 * len(panels) + 0.4, 5.2), dpi=150, layout="constrained")
     grid = figure.subplots(
         2, len(panels), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": [3.4, 1]}
     )
@@ -66,7 +66,10 @@ def reliability_diagram(
         lower.set_xlabel("Confidence")
     grid[0, 0].set_ylabel("Accuracy")
     grid[1, 0].set_ylabel("Samples")
-    grid[0, 0].legend(loc="upper left", fontsize=8.5, frameon=False, handlelength=1.4)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=2 * len(panels), fontsize=8.5, frameon=False, handlelength=1.6
+    )
     if title is not None:
         figure.suptitle(title, fontsize=12, color=_INK)
     return figure
@@ -74,26 +77,31 @@ def reliability_diagram(
 
 def _draw_accuracy(axes: Axes, bins: ReliabilityBins) -> None:
     filled = bins.count > 0
-    left = bins.edges[:-1][filled].numpy()
-    width = (bins.edges[1:] - bins.edges[:-1])[filled].numpy()
+    left = bins.edges[:-1][filled]
+    width = (bins.edges[1:] - bins.edges[:-1])[filled]
     accuracy, confidence = bins.accuracy[filled], bins.confidence[filled]
-    bottom = torch.minimum(accuracy, confidence).numpy()
-    height = (accuracy - confidence).abs().numpy()
-    axes.bar(left, accuracy.numpy(), width, align="edge", color=_ACCURACY, edgecolor="white", lw=0.6, label="Accuracy")
+    # Both bars of a bin end at its accuracy and its confidence; the one on top says by its look which is larger.
+    axes.bar(left, torch.minimum(accuracy, confidence).numpy(), width, align="edge", color=_ACCURACY, label="Accuracy")
+    gap = confidence - accuracy
+    for name, sign, face, edge in (("Overconfident", 1, "#FBE6BC", _GAP), ("Underconfident", -1, "#BFDDF0", _ACCURACY)):
+        chosen = sign * gap > 0
+        axes.bar(
+            left[chosen],
+            gap[chosen].abs().numpy(),
+            width[chosen],
+            torch.minimum(accuracy, confidence)[chosen].numpy(),
+            align="edge",
+            label=name,
+            facecolor=face,
+            edgecolor=edge,
+            hatch="////" if sign > 0 else r"\\\\",
+            lw=0,
+        )
     axes.bar(
-        left,
-        height,
-        width,
-        bottom,
-        align="edge",
-        color=(*_rgb(_GAP), 0.35),
-        edgecolor=_GAP,
-        hatch="////",
-        lw=0.9,
-        label="Gap to confidence",
+        left, torch.maximum(accuracy, confidence).numpy(), width, align="edge", fill=False, edgecolor="white", lw=0.8
     )
     axes.plot([0, 1], [0, 1], color=_INK, lw=1.1, ls=(0, (4, 3)), label="Perfect calibration")
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
     _clean(axes)
 
 
@@ -113,9 +121,3 @@ def _clean(axes: Axes) -> None:
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color("#999999")
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(colour)

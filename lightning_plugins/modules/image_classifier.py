@@ -105,6 +105,8 @@ class ImageClassifier(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.train_accuracy = ClassAccuracy(num_classes)
+        # Without a NaN strategy a MeanMetric never makes an accelerator wait, but it ignores weights too; so it is given
+        # one value for each sample.
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.recent_loss = MeanMetric(nan_strategy="disable", sync_on_compute=False)
         self.accuracy = ClassAccuracy(num_classes)
@@ -141,7 +143,7 @@ class ImageClassifier(pl.LightningModule):
         hard = targets.argmax(1) if targets.ndim == 2 else targets
         self.train_accuracy.update(logits.detach(), hard)
         for metric in (self.train_loss, self.recent_loss):
-            metric.update(loss.detach(), len(images))
+            metric.update(loss.detach().expand(len(images)))
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._refuse_non_finite_loss()
             self.log("train/loss", self.recent_loss.compute())
@@ -160,7 +162,7 @@ class ImageClassifier(pl.LightningModule):
         images, targets = batch[:2]
         logits = self(images)
         self.accuracy.update(logits, targets)
-        self.nll.update(F.cross_entropy(logits.float(), targets), len(images))
+        self.nll.update(F.cross_entropy(logits.float(), targets, reduction="none"))
 
     def _log_evaluation(self, stage: str) -> None:
         metrics = {**self.accuracy.compute(), "nll": self.nll.compute()}
