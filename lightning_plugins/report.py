@@ -297,7 +297,7 @@ def _picture(medium: _Medium) -> str:
     name = escape(text or medium.key)
     data = base64.b64encode(content).decode()
     return (
-        f"<figure{' class=wide' if width > 2 * height else ''}>"
+        f"<figure{' class=wide' if width > 1.3 * height else ''}>"
         f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{name}"{style}>'
         f"<figcaption>{medium.caption(text)}</figcaption></figure>"
     )
@@ -346,7 +346,7 @@ def _charts(path: Path) -> list[str]:
     for name, points in series.items():
         if name.endswith("_step") and f"{name.removesuffix('_step')}_epoch" in series:
             continue  # Lightning's on_step=True, on_epoch=True: the epoch's mean says the same with less noise
-        quantity = name.split("/")[-1].removesuffix("_epoch").removesuffix("_step")
+        quantity = re.sub("_(epoch|step|before|after)$", "", name.split("/")[-1])
         words = set(_words(quantity))
         group = "Loss" if words & _LOSSES else "Accuracy" if words & _ACCURACIES else _capital(_pretty(quantity))
         groups.setdefault(group, {})[name] = sorted(points)

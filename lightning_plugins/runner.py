@@ -281,10 +281,10 @@ def _how_to_resume(run_dir: Path, command: list[str]) -> str:
 def _explain(message: str) -> str:
     """Say in one sentence which key the parser did not like, and why.
 
-    jsonargparse reports on every member of a union, inside each other; the first one is what the recipe means, and the
-    rest (most often None) is what else the argument could have been.
+    jsonargparse reports on every member of a union, inside each other; the first one apart from None is what the recipe
+    means. Its versions differ in order and wording.
     """
-    unknown = re.search(r"unrecognized arguments: (.*)", message)
+    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message)
     if unknown:
         return f"the override {unknown.group(1)} names no key of this recipe; `lightning-plugins show NAME` prints them"
     path, choices, text = "", [message], message
@@ -295,20 +295,20 @@ def _explain(message: str) -> str:
             break
         indent = len(rest) - len(rest.lstrip(" "))
         choices = re.split(rf"^ {{{indent}}}- ", rest, flags=re.MULTILINE)[1:]
+        choices = [choice for choice in choices if "Expected a <class 'NoneType'>" not in choice[:32]] or choices
         if choices[0].startswith("Expected a"):
             path += rest
             break
         text = choices[0]
     key = ".".join(re.findall(r'Parser key "([^"]+)"', path))
-    option = re.search(r"Option '([^']+)' is not accepted", text)
+    option = re.search(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", text)
     if option:
-        owner = re.findall(r"class_path '([^']+)':\s*Option", path)
+        owner = re.findall(r"class_path '([^']+)':\s*(?:Option|Validation)", path)
         return f"{key}.{option.group(1)} is no argument" + (f" of {owner[-1]}" if owner else "")
     expected = [
         re.sub(r"^<class '(?:builtins\.)?(.*)'>$|^typing\.Literal\[(.*)\]$", r"\1\2", kind)
         for choice in choices
         for kind in re.findall(r"^ *Expected a ([^\n]*?)(?:\. Got value: .*)?$", choice, flags=re.MULTILINE)
-        if "NoneType" not in kind
     ]
     value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", path, flags=re.MULTILINE)
     if expected and value:

@@ -38,7 +38,7 @@ class ImageClassifier(pl.LightningModule):
         mean: per channel, on the [0, 1] scale; None together with ``std`` means no normalisation.
         std: per channel, same unit.
         criterion: loss from logits and targets; default cross-entropy. Soft targets ``(N, C)`` reach it unchanged.
-        optimizer: callable from parameters to an optimizer.
+        optimizer: callable from parameters to an optimizer; default AdamW.
         lr_scheduler: callable from the optimizer to a learning-rate scheduler, or None.
         lr_scheduler_interval: whether the scheduler counts epochs or optimizer steps.
 
@@ -70,7 +70,7 @@ class ImageClassifier(pl.LightningModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         criterion: nn.Module | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
@@ -101,7 +101,8 @@ class ImageClassifier(pl.LightningModule):
         self.register_buffer("mean", torch.tensor(mean if mean is not None else 0.0).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std if std is not None else 1.0).view(-1, 1, 1))
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        self.optimizer = optimizer
+        # Not the default of the argument: in a recipe, AdamW's weight decay would stay when SGD takes its place.
+        self.optimizer: OptimizerCallable = optimizer if optimizer is not None else torch.optim.AdamW
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.train_accuracy = ClassAccuracy(num_classes)

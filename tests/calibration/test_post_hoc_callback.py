@@ -73,10 +73,18 @@ def test_after_fit_the_temperature_is_that_of_the_final_weights(tmp_path):
     assert metrics["calibration/temperature"] == pytest.approx(expected.temperature, rel=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [{"check_val_every_n_epoch": 4}, {"max_steps": 10, "val_check_interval": 4}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"check_val_every_n_epoch": 4},
+        {"max_steps": 10, "val_check_interval": 4},
+        {"check_val_every_n_epoch": 4, "limit_val_batches": 2},
+    ],
+)
 def test_weights_that_were_not_validated_last_are_calibrated_after_training(tmp_path, arguments):
     callback, module, trainer = fit(tmp_path, **arguments)
-    expected = TemperatureScaling().fit(*logits_of(module, module.val_dataloader()))
+    batches = list(module.val_dataloader())[: arguments.get("limit_val_batches")]
+    expected = TemperatureScaling().fit(*logits_of(module, batches))
     assert callback.calibrator.temperature == pytest.approx(expected.temperature, rel=1e-6)
     assert callback.fitted_at_step == trainer.global_step
 
