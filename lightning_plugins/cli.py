@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", metavar="PATH", help="go on from a checkpoint, or from the last one of a run's folder"
     )
     command.add_argument("--root", default="runs", help="folder of all runs (default: %(default)s)")
+    command.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     command.set_defaults(function=_run)
     return parser
 
@@ -127,6 +128,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"\n{interruption}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+        if arguments.traceback:
+            raise
         return _fail(error)
     _print_results(run_dir)
     return 0
@@ -154,5 +157,5 @@ def _print_results(run_dir: Path) -> None:
 
 
 def _fail(error: Exception | str) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)  # some libraries' messages span lines
     return 1

@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import time
+import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from datetime import datetime
@@ -36,6 +37,15 @@ LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 _FROM_DATA = ("num_classes", "in_channels", "image_size", "mean", "std")
 _RUN_DIR_VARIABLE = "LIGHTNING_PLUGINS_RUN_DIR"  # tells the further processes of one run where the first one writes
+
+
+# What Lightning says about every recipe and nobody can act on: small data sets need no workers, short epochs log once, and
+# ImageClassifier looks at batches before they move.
+_NOISE = (
+    "The '.*_dataloader' does not have many workers",
+    "You have overridden `on_before_batch_transfer` in `LightningModule`",
+    ".*isinstance.treespec, LeafSpec.. is deprecated",
+)
 
 
 class RunInterrupted(Exception):
@@ -68,7 +78,7 @@ class RecipeCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             )
         except (ArgumentError, ValueError) as error:
-            # The second kind comes from building the parts: jsonargparse packs what they raise into a report of its own.
+            # ValueError comes from building the parts: jsonargparse packs what they raise into a report of its own.
             if isinstance(error, ArgumentError) or "\nErrors:\n" in str(error):
                 raise ValueError(_explain(str(error))) from error
             raise
@@ -90,6 +100,8 @@ class RecipeCLI(LightningCLI):
         for name in wanting:
             value = getattr(datamodule, name, None)
             arguments[name] = list(value) if isinstance(value, tuple) else value
+        # Building the data made Lightning note the configuration as it was, for the checkpoint's hyperparameters.
+        self.__dict__.pop("config_dump", None)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the Trainer; in a run, with its loggers and a checkpoint of the last epoch inside its folder."""
@@ -127,7 +139,11 @@ def run(
         RunInterrupted: after Ctrl-C.
     """
     checkpoint = None if resume is None else find_checkpoint(resume)
-    command = ["lightning-plugins", "run", recipe.name, *overrides]
+    command = ["lightning-plugins", "run", recipe.source, *overrides]
+    command += ["--logger", logger] if logger != "csv" else []
+    command += ["--root", root] if root != "runs" else []
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
     run_dir = _make_run_dir(root, recipe.name)
     try:
         cli = RecipeCLI(recipe, overrides, run_dir=run_dir, loggers=_loggers(logger, run_dir, recipe.name))

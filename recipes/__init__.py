@@ -26,10 +26,12 @@ class Recipe(NamedTuple):
     Attributes:
         name: ``quickstart``, ``calibration/post_hoc``, or the stem of a file.
         text: the YAML.
+        source: what :func:`find` was asked for: the name, or the path of a file.
     """
 
     name: str
     text: str
+    source: str
 
     def header(self) -> dict[str, str]:
         """Return the opening comment: its first paragraph under ``""``, what follows each ``Word:`` under that word."""
@@ -80,10 +82,10 @@ def find(name_or_file: str) -> Recipe:
     """
     if name_or_file in names():
         path = files("lightning_plugins.recipes").joinpath(f"{name_or_file}.yaml")
-        return Recipe(name_or_file, path.read_text(encoding="utf-8"))
+        return Recipe(name_or_file, path.read_text(encoding="utf-8"), name_or_file)
     if name_or_file.endswith((".yaml", ".yml")):
         try:
-            return Recipe(Path(name_or_file).stem, Path(name_or_file).read_text(encoding="utf-8"))
+            return Recipe(Path(name_or_file).stem, Path(name_or_file).read_text(encoding="utf-8"), name_or_file)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the recipe file {name_or_file!r} cannot be read: {error}") from error
     near = difflib.get_close_matches(name_or_file, names(), n=3, cutoff=0.3)

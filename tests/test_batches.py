@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from toys import TinyModule
 from torch import Tensor
 
 from lightning_plugins.batches import forward_logits, inputs_and_targets, replace_tensor
+from toys import TinyModule
 
 
 class Pair(NamedTuple):

@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import DemoModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_plugins.callbacks import PostHocCalibration, TrainingStepCallback
 from toys import (
     TinyModule,
     TorchvisionModule,
@@ -20,8 +22,6 @@ from toys import (
     make_trainer,
     weights,
 )
-
-from lightning_plugins.callbacks import PostHocCalibration, TrainingStepCallback
 
 
 class InputNoise(TrainingStepCallback):

@@ -4,11 +4,11 @@ import textwrap
 
 import pytest
 import torch
-from toys import TinyModule
 
 from lightning_plugins import recipes
 from lightning_plugins.cli import main
 from lightning_plugins.modules import ImageClassifier
+from toys import TinyModule
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false")
 
@@ -97,4 +97,3 @@ def test_a_module_that_asks_for_nothing_and_brings_its_own_data(tmp_path, monkey
     assert isinstance(built.module, TinyModule)
     assert built.datamodule is None
     assert main(["run", str(file)]) == 0
-    assert main(["run", str(file), "--data=lightning_plugins.data.DigitsDataModule", "--trainer.limit_val_batches=0"]) == 1

@@ -1,6 +1,6 @@
-"""Claim: one temperature, fitted on held-out logits, removes most of a modern net's miscalibration.
+r"""Claim: one temperature, fitted on held-out logits, removes most of a modern net's miscalibration.
 
-    python benchmarks/claims/temperature_scaling.py --logits DIR \\
+    python benchmarks/claims/temperature_scaling.py --logits DIR \
         --json benchmarks/results/temperature_scaling.json --markdown docs/results/temperature_scaling.md
 
 (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.) Measured on the outputs of four public networks.

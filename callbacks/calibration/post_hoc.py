@@ -13,12 +13,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.calibration import (
+    CalibratedModule,
     CalibrationError,
     Calibrator,
     ReliabilityBins,
@@ -27,29 +29,11 @@ from lightning_plugins.calibration import (
     reliability_diagram,
 )
 from lightning_plugins.callbacks._borrow import borrow_attribute
+from lightning_plugins.callbacks._distributed import gather_rows
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics
 
-__all__ = ["CalibratedModule", "PostHocCalibration"]
-
-
-class CalibratedModule(nn.Module):
-    """A network followed by its calibrator: images in, calibrated log-probabilities out, no Lightning needed.
-
-    Args:
-        module: returns logits ``(N, C)``.
-        calibrator: fitted on logits of that module.
-    """
-
-    def __init__(self, module: nn.Module, calibrator: Calibrator) -> None:
-        super().__init__()
-        self.module = module
-        self.calibrator = calibrator
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return calibrated log-probabilities ``(N, C)`` for what the module's ``forward`` takes."""
-        log_probs: Tensor = self.calibrator(self.module(*args, **kwargs))
-        return log_probs
+__all__ = ["PostHocCalibration"]
 
 
 class _ForwardTap:
@@ -352,12 +336,13 @@ class PostHocCalibration(pl.Callback):
         modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         self._logits, self._labels = [], []
-        for batch_idx, batch in enumerate(loader):
-            if batch_idx >= limit:
-                break
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self.dataloader_idx)
-            self._keep(*self._logits_and_labels(trainer, pl_module, batch))
+        with isolate_rng():  # a data loader draws from the global generator each time it starts
+            for batch_idx, batch in enumerate(loader):
+                if batch_idx >= limit:
+                    break
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self.dataloader_idx)
+                self._keep(*self._logits_and_labels(trainer, pl_module, batch))
         for module, mode in modes.items():
             module.training = mode
         return self._fit(trainer, pl_module)
@@ -396,24 +381,3 @@ class PostHocCalibration(pl.Callback):
     def _draw(self, trainer: pl.Trainer, key: str) -> None:
         if self._bins and trainer.loggers:
             log_figure(trainer, key, reliability_diagram(self._bins["before"], self._bins["after"]))
-
-
-def gather_rows(trainer: pl.Trainer, rows: Tensor) -> Tensor:
-    """Return the rows of all processes, on the CPU, in the order in which a distributed sampler dealt them out.
-
-    Processes may hold different numbers of rows.
-
-    Args:
-        trainer: a Trainer inside one of its runs.
-        rows: ``(n, ...)`` on any device; ``n`` may differ between processes.
-    """
-    if trainer.world_size == 1:
-        return rows.cpu()
-    strategy = trainer.strategy
-    rows = rows.to(strategy.root_device)
-    counts = strategy.all_gather(torch.tensor(len(rows), device=rows.device))
-    padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    everything = strategy.all_gather(padded)  # (processes, largest n, ...)
-    present = torch.arange(padded.shape[0], device=rows.device) < counts[:, None]
-    return everything.transpose(0, 1)[present.T].cpu()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Calibrator", "check_fit_data", "row_tiles"]
+__all__ = ["CalibratedModule", "Calibrator", "check_fit_data", "row_tiles"]
 
 
 class Calibrator(nn.Module, ABC):
@@ -142,6 +142,30 @@ class Calibrator(nn.Module, ABC):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class CalibratedModule(nn.Module):
+    """A network followed by its calibrator: images in, calibrated log-probabilities out, no Lightning needed.
+
+    Args:
+        module: returns logits ``(N, C)``.
+        calibrator: fitted on logits of that module.
+
+    Example:
+        >>> from lightning_plugins.calibration import TemperatureScaling
+        >>> CalibratedModule(nn.Linear(4, 3), TemperatureScaling())(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, module: nn.Module, calibrator: Calibrator) -> None:
+        super().__init__()
+        self.module = module
+        self.calibrator = calibrator
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return calibrated log-probabilities ``(N, C)`` for what the module's ``forward`` takes."""
+        log_probs: Tensor = self.calibrator(self.module(*args, **kwargs))
+        return log_probs
 
 
 def check_fit_data(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,8 +106,8 @@ class ImageClassifier(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.train_accuracy = ClassAccuracy(num_classes)
-        # Without a NaN strategy a MeanMetric never makes an accelerator wait, but it ignores weights too; so it is given
-        # one value for each sample.
+        # Without a NaN strategy a MeanMetric never makes an accelerator wait, but it ignores weights too; so it is
+        # given one value for each sample.
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.recent_loss = MeanMetric(nan_strategy="disable", sync_on_compute=False)
         self.accuracy = ClassAccuracy(num_classes)

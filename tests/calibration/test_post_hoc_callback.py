@@ -14,12 +14,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
-from toys import TinyModule, TorchvisionModule, assert_same_weights, image_and_label, make_trainer, toy_data
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plugins.calibration import TemperatureScaling, ece
 from lightning_plugins.callbacks import PostHocCalibration
+from toys import TinyModule, TorchvisionModule, assert_same_weights, image_and_label, make_trainer, toy_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*temperature stopped at its bound")
 
@@ -318,7 +318,8 @@ def test_networks_called_past_forward_fall_back_to_a_forward_pass(tmp_path):
     with torch.no_grad():
         pairs = [(module(batch["image"]), batch["label"]) for batch in module.val_dataloader()]
     logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    assert callback.calibrator.temperature == pytest.approx(TemperatureScaling().fit(logits, labels).temperature, rel=1e-5)
+    expected = TemperatureScaling().fit(logits, labels)
+    assert callback.calibrator.temperature == pytest.approx(expected.temperature, rel=1e-5)
 
 
 @pytest.mark.parametrize(
