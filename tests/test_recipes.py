@@ -33,7 +33,7 @@ def test_every_recipe_says_what_to_expect(name):
 
 def test_a_header_ends_at_the_first_line_of_yaml_and_paragraphs_end_at_blank_lines():
     text = "# One\n# two.\n#\n#   command\n#\n# Needs: a\n#   b.\n# Takes: 3 s.\n#\n# More.\nkey: 1\n# Gives: no\n"
-    assert recipes.Recipe("x", text).header() == {"": "One two.", "Needs": "a b.", "Takes": "3 s."}
+    assert recipes.Recipe("x", text, "x").header() == {"": "One two.", "Needs": "a b.", "Takes": "3 s."}
 
 
 def test_overrides_with_and_without_dashes():
@@ -51,7 +51,7 @@ def test_a_recipe_takes_its_optimizer_as_it_is_written():
 def test_find(tmp_path):
     file = tmp_path / "own.yml"
     file.write_text("# Own.\nmodel: {}\n")
-    assert recipes.find(str(file)) == ("own", file.read_text())
+    assert recipes.find(str(file)) == ("own", file.read_text(), str(file))
     assert recipes.find("quickstart").text.startswith("# Train a small ResNet")
     with pytest.raises(ValueError, match="did you mean quickstart.*must end in .yaml"):
         recipes.find("quikstart")
