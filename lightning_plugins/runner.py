@@ -39,8 +39,8 @@ _FROM_DATA = ("num_classes", "in_channels", "image_size", "mean", "std")
 _RUN_DIR_VARIABLE = "LIGHTNING_PLUGINS_RUN_DIR"  # tells the further processes of one run where the first one writes
 
 
-# What is said about every recipe and nobody can act on: small data sets need no workers, ImageClassifier looks at batches
-# before they move to the device, and Lightning calls a deprecated function of torch.
+# What is said about every recipe and nobody can act on: small data sets need no workers, ImageClassifier looks at
+# batches before they move to the device, and Lightning calls a deprecated function of torch.
 _NOISE = (
     "The '.*_dataloader' does not have many workers",
     "You have overridden `on_before_batch_transfer` in `LightningModule`",
