@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_plugins import __version__
 
 __all__ = ["main"]
+
+
+# What is said about every recipe and nobody can act on: small data sets need no workers, ImageClassifier looks at
+# batches before they move to the device, and Lightning calls a deprecated function of torch.
+_NOISE = (
+    "The '.*_dataloader' does not have many workers",
+    "You have overridden `on_before_batch_transfer` in `LightningModule`",
+    ".*isinstance.treespec, LeafSpec.. is deprecated",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +133,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lightning_plugins.runner import RunInterrupted, run
 
     try:
-        run_dir = run(recipe, overrides, logger=arguments.logger, resume=arguments.resume, root=arguments.root)
+        with warnings.catch_warnings():
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message)
+            run_dir = run(recipe, overrides, logger=arguments.logger, resume=arguments.resume, root=arguments.root)
     except RunInterrupted as interruption:
         print(f"\n{interruption}", file=sys.stderr)
         return 130

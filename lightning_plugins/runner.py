@@ -8,7 +8,6 @@ import platform
 import re
 import shlex
 import time
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from datetime import datetime
@@ -37,15 +36,6 @@ LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 _FROM_DATA = ("num_classes", "in_channels", "image_size", "mean", "std")
 _RUN_DIR_VARIABLE = "LIGHTNING_PLUGINS_RUN_DIR"  # tells the further processes of one run where the first one writes
-
-
-# What is said about every recipe and nobody can act on: small data sets need no workers, ImageClassifier looks at
-# batches before they move to the device, and Lightning calls a deprecated function of torch.
-_NOISE = (
-    "The '.*_dataloader' does not have many workers",
-    "You have overridden `on_before_batch_transfer` in `LightningModule`",
-    ".*isinstance.treespec, LeafSpec.. is deprecated",
-)
 
 
 class RunInterrupted(Exception):
@@ -142,8 +132,6 @@ def run(
     command = ["lightning-plugins", "run", recipe.source, *overrides]
     command += ["--logger", logger] if logger != "csv" else []
     command += ["--root", root] if root != "runs" else []
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message)
     run_dir = _make_run_dir(root, recipe.name)
     try:
         cli = RecipeCLI(recipe, overrides, run_dir=run_dir, loggers=_loggers(logger, run_dir, recipe.name))
