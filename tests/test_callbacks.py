@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import lightning.pytorch as pl
@@ -242,6 +243,16 @@ def test_hyper_parameters_reach_the_loggers(tmp_path, row):
     name = type(row.make()).__name__
     text = "".join(path.read_text() for path in tmp_path.rglob("hparams.yaml"))
     assert f"lightning_plugins/{name}/batch_fn" in text
+
+
+@pytest.mark.parametrize(("first", "second"), permutations(CALLBACKS, 2))
+def test_pairs_in_both_orders(tmp_path, first, second):
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, 2, CALLBACKS[first].make(), CALLBACKS[second].make())
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+    assert "training_step" not in vars(module)
+    assert "forward" not in vars(module)
 
 
 def test_every_public_callback_has_a_row():
