@@ -191,7 +191,7 @@ def find_checkpoint(path: str) -> str:
         raise ValueError(f"there is no checkpoint {path!r}; pass a .ckpt file or the folder of a run")
     try:
         whole = "state_dict" in torch.load(found, map_location="meta", weights_only=True)
-    except Exception:  # noqa: BLE001  (torch raises half a dozen types for a damaged file)
+    except Exception:  # torch raises half a dozen types for a damaged file
         whole = False
     if not whole:
         raise ValueError(

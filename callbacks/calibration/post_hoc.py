@@ -362,8 +362,10 @@ class PostHocCalibration(pl.Callback):
         state = trainer.strategy.broadcast(self.calibrator.state_dict())
         self.calibrator.load_state_dict(state)
         self.fitted_at_step = trainer.global_step
-        probs = {"before": logits.float().softmax(1), "after": self.calibrator(logits).exp()}
-        self._bins = {when: reliability_bins(p, labels, num_bins=self.num_bins) for when, p in probs.items()}
+        self._bins = {
+            "before": reliability_bins(logits, labels, num_bins=self.num_bins, input="logits"),
+            "after": reliability_bins(self.calibrator(logits), labels, num_bins=self.num_bins, input="log_probs"),
+        }
         info = self.calibrator.fit_info
         metrics = {f"calibration/nll_{when}": float(info[f"nll_{when}"]) for when in ("before", "after")}
         metrics |= {f"calibration/ece_{when}": bins.ece for when, bins in self._bins.items()}
