@@ -12,29 +12,21 @@ ratios; the JSON holds the load.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import os
-import platform
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interleaved import Contender, environment, importable, measure
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_plugins.calibration import CalibrationError, TemperatureScaling, ece, fit_temperature
-
-Contender = Callable[[], Any]
 
 
 def draw(num_samples: int, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -131,61 +123,6 @@ def errors(logits: Tensor, labels: Tensor) -> dict[str, Contender]:
     return contenders
 
 
-def importable(*modules: str) -> bool:
-    """Whether all of these modules are installed."""
-    return all(importlib.util.find_spec(module.split(".")[0]) for module in modules)
-
-
-def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
-    """Run all contenders ``rounds`` times in rotating order after one warm-up, and compare them with the first."""
-    names = list(contenders)
-    results = {name: contenders[name]() for name in names}
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            started, started_cpu = time.perf_counter(), time.process_time()
-            contenders[name]()
-            wall[name].append(time.perf_counter() - started)
-            cpu[name].append(time.process_time() - started_cpu)
-    best, median = min(wall[names[0]]), statistics.median(cpu[names[0]])
-    rows = {}
-    for name in names:
-        result = results[name]
-        value = float(result) if isinstance(result, float) or (isinstance(result, Tensor) and not result.ndim) else None
-        rows[name] = {
-            "wall_ms": 1e3 * min(wall[name]),
-            "wall_ratio": min(wall[name]) / best,
-            "cpu_ratio": statistics.median(cpu[name]) / median,
-            "result": value,
-        }
-    return rows
-
-
-def environment() -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
-    packages = ("lightning-plugins", "torch", "torchmetrics", "scikit-learn", "probmetrics", "netcal", "numpy")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": versions,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-    }
-
-
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,7 +134,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"environment": environment(), "samples": options.samples, "tables": []}
+    report: dict[str, Any] = {
+        "environment": environment("torchmetrics", "scikit-learn", "probmetrics", "netcal", "numpy"),
+        "samples": options.samples,
+        "tables": [],
+    }
     warnings.simplefilter("ignore")
     for num_classes in options.classes:
         logits, labels = draw(options.samples, num_classes)

@@ -45,6 +45,7 @@ class ImageDataModule(pl.LightningDataModule):
         transform_validation: True lets ``transforms`` act before the validation split is cut, so that training and
             validation come from one distribution; False cuts first and leaves validation clean. A validation split of
             the data set's own is always left alone.
+        with_index: True adds to each training batch, as its third element, the samples' indices in ``train_set``.
         seed: of split, transforms, order and augmentation, at least 0.
 
     Attributes:
@@ -95,6 +96,7 @@ class ImageDataModule(pl.LightningDataModule):
         augmentation: bool | nn.Module | Callable[[Tensor], Tensor] = True,
         transforms: Sequence[TargetTransform] = (),
         transform_validation: bool = True,
+        with_index: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -124,6 +126,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.augmentation = augmentation
         self.transforms = tuple(transforms)
         self.transform_validation = transform_validation
+        self.with_index = with_index
         self.seed = seed
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
@@ -175,7 +178,14 @@ class ImageDataModule(pl.LightningDataModule):
                 kept, targets = self._transform(kept, targets)
 
             augment = self.default_augmentation() if self.augmentation is True else self.augmentation or None
-            self.train_set = ImageDataset(images, targets, indices=kept, image_size=self.image_size, augment=augment)
+            self.train_set = ImageDataset(
+                images,
+                targets,
+                indices=kept,
+                image_size=self.image_size,
+                augment=augment,
+                with_index=self.with_index,
+            )
             if own_val is not None:
                 self.val_set = ImageDataset(*self._checked("val", own_val), image_size=self.image_size)
             elif held_out is not None:

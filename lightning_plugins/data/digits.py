@@ -29,6 +29,7 @@ class DigitsDataModule(ImageDataModule):
         augmentation: a callable on one image, or a bool.
         transforms: changes of the training labels.
         transform_validation: whether they act on the validation split too.
+        with_index: whether training batches hold the samples' indices as a third element.
         seed: of split, transforms, order and augmentation.
 
     Example:
@@ -55,6 +56,7 @@ class DigitsDataModule(ImageDataModule):
         augmentation: bool | nn.Module | Callable[[Tensor], Tensor] = True,
         transforms: Sequence[TargetTransform] = (),
         transform_validation: bool = True,
+        with_index: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -65,6 +67,7 @@ class DigitsDataModule(ImageDataModule):
             augmentation=augmentation,
             transforms=transforms,
             transform_validation=transform_validation,
+            with_index=with_index,
             seed=seed,
         )
 

@@ -35,6 +35,7 @@ class ImageFolderDataModule(ImageDataModule):
         augmentation: a callable on one image of the size on disk, or a bool.
         transforms: changes of the training labels.
         transform_validation: whether they act on a validation split cut from the training images too.
+        with_index: whether training batches hold the samples' indices as a third element.
         seed: of split, transforms, order and augmentation.
         mean: per colour channel on the [0, 1] scale; ImageNet's unless given.
         std: likewise.
@@ -67,6 +68,7 @@ class ImageFolderDataModule(ImageDataModule):
         augmentation: bool | nn.Module | Callable[[Tensor], Tensor] = True,
         transforms: Sequence[TargetTransform] = (),
         transform_validation: bool = True,
+        with_index: bool = False,
         seed: int = 0,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
@@ -80,6 +82,7 @@ class ImageFolderDataModule(ImageDataModule):
             augmentation=augmentation,
             transforms=transforms,
             transform_validation=transform_validation,
+            with_index=with_index,
             seed=seed,
         )
         if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 __all__ = ["ImageDataset", "ResumableLoader", "SeededSampler"]
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[tuple[Any, ...]]):
     """Images in [0, 1] of one square size, with their class.
 
     Indexed by ``(index, seed)``, as :class:`SeededSampler` does, the augmentation draws from torch's CPU generator
@@ -29,11 +29,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         indices: the image of each item; None for all images in their order.
         image_size: side in pixels; an image of another shape is resized by its shorter side, then cropped centrally.
         augment: acts on one float image in [0, 1] before that resizing; None for none.
+        with_index: whether an item ends with its index here.
 
     Shape:
         - images: ``(N, C, H, W)``, or N tensors ``(C, H, W)``
         - targets, indices: ``(M,)``
-        - items: image ``(C, S, S)`` float32 and class ``int``, with S the ``image_size``
+        - items: image ``(C, S, S)`` float32 and class ``int`` (and index ``int``), with S the ``image_size``
 
     Raises:
         ValueError: on reading an item, if ``augment`` returned something else than a float image in [0, 1].
@@ -52,17 +53,19 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         indices: Tensor | None = None,
         image_size: int,
         augment: Callable[[Tensor], Tensor] | None = None,
+        with_index: bool = False,
     ) -> None:
         self.images = images
         self.targets = targets
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.image_size = image_size
         self.augment = augment
+        self.with_index = with_index
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
         index, seed = key if isinstance(key, tuple) else (key, key)
         image = self.images[int(self.indices[index])]
         # A copy in any case, so that an augmentation in place does not reach the stored image.
@@ -75,7 +78,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if image.shape[-2:] != (self.image_size, self.image_size):
             image = functional.resize(image, [self.image_size], antialias=True)
             image = functional.center_crop(image, [self.image_size])
-        return image.clamp(0, 1), int(self.targets[index])
+        item = image.clamp(0, 1), int(self.targets[index])
+        return (*item, index) if self.with_index else item
 
     @staticmethod
     def _check_augmented(image: object) -> None:

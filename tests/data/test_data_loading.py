@@ -210,3 +210,13 @@ def test_lightning_keeps_the_sampler_under_ddp(tmp_path):
     assert [lines[0] for lines in ranks] == ["SeededSampler 2 0", "SeededSampler 2 1"]
     assert not set(ranks[0][1:]) & set(ranks[1][1:])
     assert [len(lines) for lines in ranks] == [5, 5]
+
+
+def test_training_batches_can_name_their_samples():
+    data = DigitsDataModule(batch_size=50, with_index=True)
+    data.setup()
+    images, targets, indices = next(iter(data.train_dataloader()))
+    assert indices.dtype == torch.int64
+    assert torch.equal(targets, data.train_set.targets[indices])
+    torch.testing.assert_close(images[0], data.train_set[int(indices[0])][0])
+    assert len(next(iter(data.val_dataloader()))) == len(next(iter(data.test_dataloader()))) == 2

@@ -1,0 +1,411 @@
+"""Turning a network into one that computes at several precisions, and switching between them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_plugins.quantization.graph import ResidualSums, normalized_layers, residual_sums
+from lightning_plugins.quantization.layers import (
+    FULL_PRECISION,
+    InputInit,
+    InputQuantizer,
+    MultiPrecisionBatchNorm,
+    QuantConv1d,
+    QuantConv2d,
+    QuantLinear,
+    ResidualQuantizer,
+    _QuantLayer,
+)
+from lightning_plugins.quantization.plan import BitPlan
+from lightning_plugins.quantization.quantizers import SMALLEST_SCALE, ScaleGrad
+
+__all__ = [
+    "active_plan",
+    "clamp_scales_",
+    "convert_",
+    "load_converted",
+    "quantized_layers",
+    "restore_",
+    "switch_",
+]
+
+Model = TypeVar("Model", bound=nn.Module)
+BatchNorms = Literal["per_precision", "shared"]
+
+_QUANTIZED: dict[type[nn.Module], type[_QuantLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+}
+
+# An entry of every state_dict of a converted model. It holds the conversion (as JSON in bytes), and its name is what a
+# plain model that is given this state_dict says of it.
+SPEC_KEY = (
+    "made by lightning_plugins.quantization.convert_: load this with "
+    "lightning_plugins.quantization.load_converted(model, checkpoint), "
+    "or give the Trainer the MultiPrecisionQAT callback that made it"
+)
+
+
+def convert_(
+    model: Model,
+    bits: Sequence[int] = (8, 6, 4, 2),
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    first_last_bits: int = FULL_PRECISION,
+    depthwise_bits: int = 8,
+    per_channel: bool = True,
+    quantize_inputs: bool = True,
+    input_init: InputInit = "percentile",
+    scale_grad: ScaleGrad = "effective",
+    batch_norm: BatchNorms = "per_precision",
+    quantize_residual: bool = False,
+) -> Model:
+    """Let the convolutions and linear layers of a model compute at several precisions, in place.
+
+    Layers stay the objects they are, with their parameters' names, hooks and parametrizations; each gains a weight
+    scale and a quantizer of its inputs. Batch normalisations become one for each precision. The model is left at its
+    highest precision; :func:`switch_` changes that. Only exact ``Conv1d``, ``Conv2d`` and ``Linear`` layers are
+    converted, not subclasses, whose forward may be another one.
+
+    Args:
+        model: any module, trained or not. Weight scales start from its weights as they are now.
+        bits: the precisions: 2 to 8, and 32 for full precision beside them.
+        include: convert only layers whose names match one of these patterns.
+        exclude: nor those whose names match one of these.
+        first_last_bits: least bits of the first and the last layer, in the order in which the modules are registered;
+            32, the default, leaves them as they are.
+        depthwise_bits: least bits of depthwise convolutions, which lose everything at 2.
+        per_channel: one weight scale for each output channel; otherwise one for each layer.
+        quantize_inputs: quantize what goes into the layers too.
+        input_init: how input scales start; see :class:`.InputQuantizer`.
+        scale_grad: gradient of the weight scales; see :func:`.double_rounding`.
+        batch_norm: one for each precision, or ``"shared"`` as it is.
+        quantize_residual: also quantize what enters residual sums to 8 bits, which integer runtimes need to be fast.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for arguments out of range, a model that is converted already, or one in which nothing is left to
+            convert under these rules.
+
+    Example:
+        >>> from lightning_plugins.models import resnet20
+        >>> net = convert_(resnet20(width=4), bits=(8, 4))
+        >>> net = switch_(net, 4)
+        >>> list(quantized_layers(net))[:2]
+        ['stages.0.0.conv1', 'stages.0.0.conv2']
+    """
+    precisions = check_precisions(bits)
+    _check_choices(input_init, scale_grad, batch_norm)
+    for name, least in {"first_last_bits": first_last_bits, "depthwise_bits": depthwise_bits}.items():
+        if not (2 <= least <= 8 or least == FULL_PRECISION):
+            raise ValueError(f"{name} must be 2 to 8, or 32 for unquantized, got {least!r}")
+    if quantized_layers(model):
+        raise ValueError("the model is converted already; restore_ it first, or keep what it is")
+    candidates = {name: module for name, module in model.named_modules() if _float_class(module) is not None}
+    ends = {name for name in (*list(candidates)[:1], *list(candidates)[-1:])}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, module in candidates.items():
+        if not _matches(name, include) or _matches(name, exclude):
+            continue
+        if any(is_lazy(parameter) for parameter in module.parameters()):
+            raise ValueError(f"layer {name!r} has no weights yet; run a batch through the model before convert_")
+        depthwise = getattr(module, "groups", 1) == getattr(module, "in_channels", 0) > 1
+        least = max(first_last_bits if name in ends else 0, depthwise_bits if depthwise else 0)
+        if least != FULL_PRECISION:
+            layers[name] = {"bits": sorted({max(b, least) for b in precisions}, reverse=True)}
+    if not layers:
+        raise ValueError(
+            f"nothing is left to quantize in {type(model).__name__}: of its {len(candidates)} Conv1d, Conv2d and "
+            f"Linear layers the first and the last have first_last_bits={first_last_bits}, and "
+            f"include={list(include)} and exclude={list(exclude)} leave none of the others; first_last_bits=8 "
+            "quantizes the ends too"
+        )
+    sums = residual_sums(model) if quantize_residual else ResidualSums()
+    shared = {layer for block, readers in sums.inputs.items() for layer in readers}
+    for name, layer in layers.items():
+        layer |= {
+            "per_channel": per_channel,
+            "scale_grad": scale_grad,
+            "quantize_input": quantize_inputs,
+            "input_init": input_init,
+            "shared_input_bits": ResidualQuantizer.BITS if name in shared else 0,
+        }
+    norms: dict[str, str | None] = {}
+    if batch_norm == "per_precision":
+        follows = normalized_layers(model)
+        norms = {name: follows.get(name) for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    spec = {
+        "bits": list(precisions),
+        "layers": layers,
+        "norms": norms,
+        "residual": {"inputs": list(sums.inputs), "outputs": list(sums.outputs), "init": input_init},
+    }
+    apply_spec_(model, spec)
+    return model
+
+
+def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
+    """Let a converted model compute at other bits from now on, in place.
+
+    Args:
+        model: converted by :func:`convert_`, or read by :func:`.load_packed`.
+        bits: one of its precisions for all layers (a layer with a larger least precision takes that one), or a
+            :class:`.BitPlan` with an entry for each quantized layer. Under a plan a batch normalisation goes with the
+            layer that it follows; one that follows none takes the highest precision below 32.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a precision that the model, or one of its layers, was not converted for, or a plan that does not
+            name exactly its layers.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layers; convert_ it first")
+    precisions = model_precisions(model)
+    if not isinstance(bits, Mapping):
+        if bits not in precisions:
+            raise ValueError(f"bits must be one of the model's precisions {precisions}, got {bits!r}")
+        plan = {name: min(b for b in layer.bits if b >= bits) for name, layer in layers.items()}
+    else:
+        plan = dict(bits)
+        if plan.keys() != layers.keys():
+            missing, unknown = sorted(layers.keys() - plan.keys()), sorted(plan.keys() - layers.keys())
+            raise ValueError(
+                f"a plan must name exactly the quantized layers; missing: {missing}, not in the model: {unknown}"
+            )
+        for name, value in plan.items():
+            if value not in layers[name].bits:
+                raise ValueError(f"layer {name!r} was converted for {layers[name].bits} bits, the plan says {value}")
+    for name, layer in layers.items():
+        layer.num_bits = plan[name]
+    full = all(value == FULL_PRECISION for value in plan.values())
+    highest = FULL_PRECISION if full else max(b for b in precisions if b != FULL_PRECISION)
+    for module in model.modules():
+        if isinstance(module, MultiPrecisionBatchNorm):
+            wanted = plan.get(module.follows or "", highest) if isinstance(bits, Mapping) else bits
+            module.num_bits = wanted if wanted in module.bits else highest
+        elif isinstance(module, ResidualQuantizer):
+            module.num_bits = FULL_PRECISION if full else module.BITS
+    return model
+
+
+def restore_(model: Model) -> Model:
+    """Undo :func:`convert_`, in place: the fp32 weights as trained, batch normalisations of the highest precision."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _QuantLayer):
+            if module.codes is not None:
+                raise ValueError("a model that was read from a packed file has no fp32 weights to restore")
+            module.remove_quantizers()
+            cls = _class_with_parametrizations(module, _float_class_of(type(module)))
+            module.__class__ = cls  # type: ignore[assignment]
+        elif isinstance(module, MultiPrecisionBatchNorm):
+            _replace(model, name, module.norms[str(module.bits[0])])
+        if "residual_quantizer" in module._modules:
+            ResidualQuantizer.detach_(module)
+    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_add_spec, _drop_spec):
+                del hooks[key]
+    return model
+
+
+def load_converted(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
+    """Convert a plain model as a checkpoint says, and load the checkpoint into it.
+
+    Args:
+        model: of the architecture that was converted, with whatever weights.
+        checkpoint: the path of a Lightning checkpoint or of a saved ``state_dict``, or either of them loaded.
+
+    Returns:
+        The same model, converted, at its highest precision.
+
+    Raises:
+        ValueError: if the checkpoint is not one of a converted model.
+        RuntimeError: if it does not fit the model.
+    """
+    if isinstance(checkpoint, Mapping):
+        loaded = checkpoint
+    else:
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = dict(loaded.get("state_dict", loaded))
+    if SPEC_KEY not in state:
+        raise ValueError(
+            "this is not the checkpoint of a converted model; load it with load_state_dict before convert_"
+        )
+    spec = json.loads(bytes(state[SPEC_KEY].tolist()))
+    if not quantized_layers(model):
+        apply_spec_(model, spec)
+    model.load_state_dict(state)
+    return model
+
+
+def quantized_layers(model: nn.Module) -> dict[str, _QuantLayer]:
+    """Return the quantized layers of a model by name, in the order of their registration."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _QuantLayer)}
+
+
+def active_plan(model: nn.Module) -> BitPlan:
+    """Return the bits at which each quantized layer of a model computes now."""
+    return BitPlan({name: layer.num_bits for name, layer in quantized_layers(model).items()})
+
+
+def scale_parameters(model: nn.Module) -> dict[int | None, list[nn.Parameter]]:
+    """Return the scales of a converted model: inputs' by precision, and under None those that all precisions share."""
+    groups: dict[int | None, list[nn.Parameter]] = {None: []}
+    for module in model.modules():
+        if isinstance(module, _QuantLayer):
+            groups[None].append(module.weight_scale)
+        elif isinstance(module, ResidualQuantizer):
+            groups[None] += module.scales.values()
+        elif isinstance(module, InputQuantizer):
+            for b in module.bits:
+                groups.setdefault(b, []).append(module.scales[str(b)])
+    return groups
+
+
+def batch_norm_and_bias_parameters(model: nn.Module) -> dict[int | None, list[nn.Parameter]]:
+    """Return the parameters of batch normalisations by precision, and under None the biases, which all share."""
+    groups: dict[int | None, list[nn.Parameter]] = {None: []}
+    for module in model.modules():
+        if isinstance(module, MultiPrecisionBatchNorm):
+            for b in module.bits:
+                groups.setdefault(b, []).extend(module.norms[str(b)].parameters())
+        elif isinstance(getattr(module, "bias", None), nn.Parameter) and not isinstance(module, _BatchNorm):
+            groups[None].append(module.bias)  # type: ignore[arg-type]
+    return groups
+
+
+@torch.no_grad()
+def clamp_scales_(model: nn.Module) -> None:
+    """Keep every scale positive; call it after each optimizer step."""
+    scales: list[torch.Tensor] = [scale for group in scale_parameters(model).values() for scale in group]
+    torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
+
+
+def check_precisions(bits: Sequence[int]) -> tuple[int, ...]:
+    """Return the precisions, highest first.
+
+    Raises:
+        ValueError: if one is out of range or named twice, or none is below 32.
+    """
+    precisions = tuple(sorted(bits, reverse=True))
+    wrong = [b for b in precisions if isinstance(b, bool) or not (b in range(2, 9) or b == FULL_PRECISION)]
+    if wrong or len(set(precisions)) < len(precisions) or all(b == FULL_PRECISION for b in precisions):
+        raise ValueError(
+            f"bits must be different precisions of 2 to 8, with or without 32 beside them, got {tuple(bits)!r}"
+        )
+    return precisions
+
+
+def model_precisions(model: nn.Module) -> tuple[int, ...]:
+    """Return the precisions that :func:`switch_` takes for a converted model, highest first."""
+    return tuple(sorted({b for layer in quantized_layers(model).values() for b in layer.precisions}, reverse=True))
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return how a model was converted, as plain JSON that :func:`apply_spec_` understands."""
+    spec: dict[str, Any] = {
+        "bits": list(model_precisions(model)),
+        "layers": {name: layer.describe() for name, layer in quantized_layers(model).items()},
+        "norms": {},
+        "residual": {"inputs": [], "outputs": [], "init": "percentile"},
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, MultiPrecisionBatchNorm):
+            spec["norms"][name] = module.follows
+        if "residual_quantizer" in module._modules:
+            quantizer = module.residual_quantizer
+            assert isinstance(quantizer, ResidualQuantizer)
+            spec["residual"]["outputs" if quantizer.to_output else "inputs"].append(name)
+            spec["residual"]["init"] = quantizer.init
+    return spec
+
+
+def apply_spec_(model: nn.Module, spec: Mapping[str, Any]) -> None:
+    """Convert a model as :func:`describe` described another one of its architecture."""
+    for name, follows in spec["norms"].items():
+        _replace(model, name, MultiPrecisionBatchNorm(model.get_submodule(name), spec["bits"], follows=follows))
+    for name, layer in spec["layers"].items():
+        module = model.get_submodule(name)
+        float_class = _float_class(module)
+        if float_class is None:
+            raise ValueError(f"{name!r} was a convolution or linear layer, here it is a {type(module).__name__}")
+        module.__class__ = _class_with_parametrizations(module, _QUANTIZED[float_class])
+        assert isinstance(module, _QuantLayer)
+        module.add_quantizers(**layer, precisions=spec["bits"])
+    parameter = next(model.parameters())
+    for kind in ("inputs", "outputs"):
+        for name in spec["residual"][kind]:
+            quantizer = ResidualQuantizer(init=spec["residual"]["init"], to_output=kind == "outputs").to(parameter)
+            quantizer.attach_(model.get_submodule(name))
+    model._register_state_dict_hook(_add_spec)  # type: ignore[no-untyped-call]
+    model._register_load_state_dict_pre_hook(_drop_spec)  # type: ignore[no-untyped-call]
+
+
+def _add_spec(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    spec = json.dumps(describe(model)).encode()
+    state_dict[prefix + SPEC_KEY] = torch.tensor(list(spec), dtype=torch.uint8)
+
+
+def _drop_spec(state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    state_dict.pop(prefix + SPEC_KEY, None)
+
+
+def _float_class_of(cls: type[nn.Module]) -> type[nn.Module]:
+    return next(float_class for float_class, quantized in _QUANTIZED.items() if issubclass(cls, quantized))
+
+
+def _float_class(module: nn.Module) -> type[nn.Module] | None:
+    """The layer class that a module exactly is, parametrizations aside."""
+    cls = type(module).__bases__[0] if is_parametrized(module) else type(module)
+    return cls if cls in _QUANTIZED else None
+
+
+def _class_with_parametrizations(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
+    if not is_parametrized(module):
+        return cls
+    # torch keeps the parametrized tensors as properties of a class made for this one module.
+    made = type(module)
+    properties = {name: value for name, value in vars(made).items() if isinstance(value, property)}
+    special = {name: vars(made)[name] for name in ("__deepcopy__", "__getstate__") if name in vars(made)}
+    return type(f"Parametrized{cls.__name__}", (cls,), properties | special)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another one, everywhere where the model has it."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_choices(input_init: str, scale_grad: str, batch_norm: str) -> None:
+    choices = {
+        "input_init": (input_init, ("percentile", "lsq")),
+        "scale_grad": (scale_grad, ("effective", "exact")),
+        "batch_norm": (batch_norm, ("per_precision", "shared")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,398 @@
+"""Layers that hold one set of weights and compute at several precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_plugins.quantization.quantizers import (
+    SMALLEST_SCALE,
+    ScaleGrad,
+    code_range,
+    conv_on_quantized,
+    double_rounding,
+    fake_quantize,
+    linear_on_quantized,
+    lsq_scale,
+    percentile_scale,
+    quantize_codes,
+    switch_codes,
+    weight_scale,
+)
+
+__all__ = [
+    "FULL_PRECISION",
+    "InputQuantizer",
+    "MultiPrecisionBatchNorm",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantLinear",
+    "ResidualQuantizer",
+]
+
+FULL_PRECISION = 32
+"""The precision at which nothing is quantized."""
+
+InputInit = Literal["percentile", "lsq"]
+
+
+class InputQuantizer(nn.Module):
+    """Quantize activations with one learned scale for each precision.
+
+    A scale starts from the first batch that is seen in training mode at its precision (the mean over processes where
+    there are several); the first of them also decides between codes of both signs and, where no value is negative,
+    codes from 0. Before that, in evaluation, every batch gets a scale of its own.
+
+    Args:
+        bits: the precisions, each 2 to 8.
+        init: ``"percentile"`` spreads the codes over all but 0.1 % of the values at each end, ``"lsq"`` starts from
+            ``2 mean|x| / sqrt(Qp)``.
+
+    Shape:
+        - input and output of any one shape.
+
+    Example:
+        >>> quantizer = InputQuantizer((8, 4))
+        >>> quantizer(torch.linspace(0, 1, 1001), bits=4).unique().numel()
+        16
+    """
+
+    ready: Tensor
+    signed: Tensor
+
+    def __init__(self, bits: Sequence[int], *, init: InputInit = "percentile") -> None:
+        super().__init__()
+        self.bits = tuple(bits)
+        self.init = init
+        self.scales = nn.ParameterDict({str(b): nn.Parameter(torch.ones(())) for b in self.bits})
+        self.register_buffer("ready", torch.zeros(len(self.bits), dtype=torch.bool))
+        self.register_buffer("signed", torch.zeros((), dtype=torch.bool))
+        # The buffers in plain Python: looking into a tensor would make an accelerator wait and break a compiled graph.
+        self._ready: tuple[int, ...] = ()
+        self._signed = False
+
+    def is_ready(self, bits: int) -> bool:
+        """Whether the scale of a precision has been set, from data or from a checkpoint."""
+        return bits in self._ready
+
+    def scale_and_sign(self, inputs: Tensor, bits: int) -> tuple[Tensor, bool]:
+        """Return the scale to use for these inputs, and whether codes have both signs; set them where it is time to."""
+        if bits in self._ready:
+            return self.scales[str(bits)], self._signed
+        measured: tuple[Tensor, bool] = self._measure(inputs, bits)
+        return measured
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _measure(self, inputs: Tensor, bits: int) -> tuple[Tensor, bool]:
+        inputs = inputs.detach()
+        signed = self._signed if self._ready else bool((inputs < 0).any())
+        together = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if together and not self._ready:
+            flag = torch.tensor(float(signed), device=inputs.device)
+            torch.distributed.all_reduce(flag)
+            signed = bool(flag > 0)
+        measure = percentile_scale if self.init == "percentile" else lsq_scale
+        scale = measure(inputs, bits=bits, signed=signed)
+        if not self.training:
+            return scale, signed
+        if together:
+            torch.distributed.all_reduce(scale)
+            scale /= torch.distributed.get_world_size()
+        parameter = self.scales[str(bits)]
+        if scale > SMALLEST_SCALE:  # else all values are 0, and the next batch may tell more
+            with torch.no_grad():
+                parameter.copy_(scale)
+                self.ready[self.bits.index(bits)] = True
+                self.signed.fill_(signed)
+            self._read_buffers()
+        return parameter, signed
+
+    def forward(self, inputs: Tensor, bits: int) -> Tensor:
+        """Return the inputs, fake-quantized."""
+        scale, signed = self.scale_and_sign(inputs, bits)
+        return fake_quantize(inputs, scale, bits=bits, signed=signed)
+
+    def clipped_share(self, inputs: Tensor, bits: int) -> Tensor:
+        """Return the share of these inputs, in [0, 1], that lies outside of the range at a precision."""
+        scale, signed = self.scale_and_sign(inputs, bits)
+        low, high = code_range(bits, signed=signed)
+        return ((inputs < low * scale) | (inputs > high * scale)).float().mean()
+
+    def _read_buffers(self) -> None:
+        self._ready = tuple(b for b, ready in zip(self.bits, self.ready.tolist(), strict=True) if ready)
+        self._signed = bool(self.signed)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):  # a checkpoint of the fp32 net: start anew
+            state_dict |= {prefix + key: value for key, value in self.state_dict().items()}
+            state_dict[prefix + "ready"] = torch.zeros_like(self.ready)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.ready.is_meta:
+            self._read_buffers()
+
+    def extra_repr(self) -> str:
+        """Name the precisions."""
+        return f"bits={self.bits}"
+
+
+class _QuantLayer(nn.Module):
+    """What the quantized layers share. An fp32 layer becomes one by changing its class, so all that refers to it holds.
+
+    Attributes:
+        bits: the precisions it can take, highest first; 32 among them is full precision.
+        precisions: those of the whole model; a layer with a least precision of its own takes fewer.
+        high_bits: precision of the codes that all others derive from.
+        num_bits: the precision in use.
+        weight_scale: step of the ``high_bits`` codes, ``(C,)`` or one value.
+        input_quantizer: quantizes what comes in, or None.
+        shared_input_bits: the input comes quantized at this precision already (0: it does not).
+    """
+
+    weight: Tensor
+    codes: Tensor | None
+    bits: tuple[int, ...]
+    precisions: tuple[int, ...]
+    num_bits: int
+    high_bits: int
+    weight_scale: nn.Parameter
+    input_quantizer: InputQuantizer | None
+    per_channel: bool
+    scale_grad: ScaleGrad
+    shared_input_bits: int
+    quantize_input: bool
+    input_init: InputInit
+
+    def add_quantizers(
+        self,
+        bits: Sequence[int],
+        *,
+        precisions: Sequence[int],
+        per_channel: bool = True,
+        scale_grad: ScaleGrad = "effective",
+        quantize_input: bool = True,
+        input_init: InputInit = "percentile",
+        shared_input_bits: int = 0,
+    ) -> None:
+        """Give a layer, whose class has just been changed to this one, what it needs beyond its weights."""
+        self.bits, self.precisions = tuple(bits), tuple(precisions)
+        quantized = tuple(b for b in self.bits if b != FULL_PRECISION)
+        self.high_bits, self.num_bits = quantized[0], self.bits[0]
+        self.per_channel, self.scale_grad, self.shared_input_bits = per_channel, scale_grad, shared_input_bits
+        self.quantize_input, self.input_init = quantize_input, input_init
+        weight = self.weight
+        shape = weight.shape[:1] if per_channel else ()
+        self.weight_scale = nn.Parameter(torch.ones(shape, dtype=weight.dtype, device=weight.device))
+        if not weight.is_meta:
+            self.reset_weight_scale()
+        own = tuple(b for b in quantized if b != shared_input_bits)
+        self.input_quantizer = InputQuantizer(own, init=input_init).to(weight) if quantize_input and own else None
+        self.register_buffer("codes", None)
+
+    def remove_quantizers(self) -> None:
+        """Take away all that :meth:`add_quantizers` gave."""
+        del self.weight_scale, self.input_quantizer, self.codes, self.bits, self.precisions, self.high_bits
+        del self.num_bits, self.per_channel, self.scale_grad, self.shared_input_bits
+        del self.quantize_input, self.input_init
+
+    def describe(self) -> dict[str, Any]:
+        """Return the arguments of :meth:`add_quantizers`, without the model's precisions."""
+        return {
+            "bits": list(self.bits),
+            "per_channel": self.per_channel,
+            "scale_grad": self.scale_grad,
+            "quantize_input": self.quantize_input,
+            "input_init": self.input_init,
+            "shared_input_bits": self.shared_input_bits,
+        }
+
+    def reset_weight_scale(self) -> None:
+        """Set the scale from the weights as they are."""
+        scale = weight_scale(self.weight, bits=self.high_bits, per_channel=self.per_channel)
+        with torch.no_grad():
+            self.weight_scale.copy_(scale)
+
+    def weight_codes(self, bits: int | None = None) -> Tensor:
+        """Return the int8 codes of the weight at a precision; default the one in use."""
+        bits = self.num_bits if bits is None else bits
+        if self.codes is not None:
+            return switch_codes(self.codes, high_bits=self.high_bits, bits=bits)
+        return quantize_codes(self.weight, self.weight_scale, bits=bits, high_bits=self.high_bits)
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight at the precision in use, differentiable while there are weights and not only codes."""
+        if self.codes is None:
+            if self.num_bits == FULL_PRECISION:
+                return self.weight
+            return double_rounding(
+                self.weight, self.weight_scale, bits=self.num_bits, high_bits=self.high_bits, scale_grad=self.scale_grad
+            )
+        codes = self.weight_codes().to(self.weight_scale.dtype)
+        step = self.weight_scale.detach() * 2.0 ** (self.high_bits - self.num_bits)
+        return codes * (step.view(-1, *[1] * (codes.ndim - 1)) if step.ndim else step)
+
+    @torch.no_grad()
+    def clipped_weight_share(self, bits: int) -> Tensor:
+        """Return the share of the weights, in [0, 1], that lies outside of the range at a precision."""
+        low, high = code_range(bits)
+        scale = self.weight_scale * 2.0 ** (self.high_bits - bits)
+        u = self.weight / (scale.view(-1, *[1] * (self.weight.ndim - 1)) if scale.ndim else scale)
+        return ((u < low) | (u > high)).float().mean()
+
+    def keep_only_codes_(self, codes: Tensor) -> None:
+        """Replace the weights by their highest codes; training ends here."""
+        del self.weight
+        self.codes = codes
+
+    def quantizes_input(self) -> bool:
+        """Whether this layer itself quantizes its input at the precision in use."""
+        return self.input_quantizer is not None and self.num_bits not in (FULL_PRECISION, self.shared_input_bits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        fresh = prefix + "weight_scale" not in state_dict  # a checkpoint of the fp32 net
+        if fresh:
+            state_dict[prefix + "weight_scale"] = self.weight_scale.detach()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if fresh and self.codes is None and not self.weight_scale.is_meta:
+            self.reset_weight_scale()
+
+    def extra_repr(self) -> str:
+        """Add the precisions to what the fp32 layer says of itself."""
+        return f"{super().extra_repr()}, bits={self.bits}, num_bits={self.num_bits}"
+
+
+class _QuantConv(_QuantLayer):
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    _reversed_padding_repeated_twice: list[int]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Convolve at the precision in use."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            inputs = F.pad(inputs, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * len(self.stride)
+        weight = self.quantized_weight()
+        if isinstance(padding, str):
+            # Only "same" may be uneven; what is even goes to the kernel, the rest is padded here.
+            before, after = self._reversed_padding_repeated_twice[::2], self._reversed_padding_repeated_twice[1::2]
+            even = tuple(min(pair) for pair in zip(before, after, strict=True))
+            extra = [side - e for b, a, e in zip(before, after, even, strict=True) for side in (b, a)]
+            inputs, padding = (F.pad(inputs, extra) if any(extra) else inputs), even[::-1]
+        arguments = self.stride, padding, self.dilation, self.groups
+        if self.quantizes_input():
+            scale, signed = self.input_quantizer.scale_and_sign(inputs, self.num_bits)  # type: ignore[union-attr]
+            return conv_on_quantized(inputs, scale, weight, self.bias, arguments, bits=self.num_bits, signed=signed)
+        return (F.conv1d if weight.ndim == 3 else F.conv2d)(inputs, weight, self.bias, *arguments)
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """A ``Conv2d``, also grouped or depthwise, at several precisions; made by :func:`.convert_`."""
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """A ``Conv1d``, also grouped or depthwise, at several precisions; made by :func:`.convert_`."""
+
+
+class QuantLinear(_QuantLayer, nn.Linear):
+    """A ``Linear`` layer at several precisions; made by :func:`.convert_`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the layer at the precision in use."""
+        weight = self.quantized_weight()
+        if self.quantizes_input():
+            scale, signed = self.input_quantizer.scale_and_sign(inputs, self.num_bits)  # type: ignore[union-attr]
+            return linear_on_quantized(inputs, scale, weight, self.bias, bits=self.num_bits, signed=signed)
+        return F.linear(inputs, weight, self.bias)
+
+
+class MultiPrecisionBatchNorm(nn.Module):
+    """One batch normalisation for each precision, chosen by ``num_bits``; each starts as a copy of the fp32 one.
+
+    A precision's net has its own activations, hence its own statistics; switching without switching them is the classic
+    silent error. A checkpoint of the fp32 net loads: every precision gets its values.
+
+    Args:
+        norm: the batch normalisation to multiply.
+        bits: the precisions.
+        follows: name of the layer whose output it normalises, and nothing else; None if that is not known.
+
+    Example:
+        >>> norm = MultiPrecisionBatchNorm(nn.BatchNorm2d(3), (8, 4))
+        >>> norm.num_bits = 4
+        >>> norm(torch.rand(2, 3, 5, 5)).shape
+        torch.Size([2, 3, 5, 5])
+    """
+
+    def __init__(self, norm: nn.Module, bits: Sequence[int], *, follows: str | None = None) -> None:
+        super().__init__()
+        self.follows = follows
+        self.bits = tuple(sorted(bits, reverse=True))
+        self.num_bits = self.bits[0]
+        self.norms = nn.ModuleDict({str(b): deepcopy(norm) for b in self.bits})
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise with the statistics of the precision in use."""
+        output: Tensor = self.norms[str(self.num_bits)](inputs)
+        return output
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = set(self.norms[str(self.bits[0])].state_dict())
+        for name in names:  # those of the fp32 net's one normalisation
+            if prefix + name in state_dict:
+                value = state_dict.pop(prefix + name)
+                state_dict |= {f"{prefix}norms.{b}.{name}": value for b in self.bits}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ResidualQuantizer(InputQuantizer):
+    """Quantize what enters a residual sum to 8 bits, so that an integer runtime adds integers.
+
+    It sits on a module as ``residual_quantizer`` and is called by a hook: on what goes in (a block whose input is added
+    to what it computes) or on what comes out (a normalisation or layer whose output is added).
+    """
+
+    BITS = 8
+
+    def __init__(self, *, init: InputInit = "percentile", to_output: bool = False) -> None:
+        super().__init__((self.BITS,), init=init)
+        self.to_output = to_output
+        self.num_bits = self.BITS
+
+    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the inputs, fake-quantized unless the net is at full precision."""
+        return inputs if self.num_bits == FULL_PRECISION else super().forward(inputs, self.BITS)
+
+    def attach_(self, module: nn.Module) -> None:
+        """Put this quantizer on a module."""
+        module.add_module("residual_quantizer", self)
+        if self.to_output:
+            module.register_forward_hook(_quantize_output)
+        else:
+            module.register_forward_pre_hook(_quantize_first_input)
+
+    @staticmethod
+    def detach_(module: nn.Module) -> None:
+        """Take it off again."""
+        del module.residual_quantizer
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_quantize_output, _quantize_first_input)]:
+                del hooks[key]
+
+
+# At module level, so that a model with these hooks can be copied and pickled.
+def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return module.residual_quantizer(output)  # type: ignore[operator, no-any-return]
+
+
+def _quantize_first_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return module.residual_quantizer(args[0]), *args[1:]  # type: ignore[operator]
