@@ -11,6 +11,7 @@ from lightning_plugins.quantization.convert import (
     restore_,
     switch_,
 )
+from lightning_plugins.quantization.deploy import to_deploy
 from lightning_plugins.quantization.layers import (
     InputQuantizer,
     MultiPrecisionBatchNorm,
@@ -19,6 +20,7 @@ from lightning_plugins.quantization.layers import (
     QuantLinear,
     ResidualQuantizer,
 )
+from lightning_plugins.quantization.onnx import export_onnx
 from lightning_plugins.quantization.packed import load_packed, save_packed
 from lightning_plugins.quantization.plan import BitPlan
 from lightning_plugins.quantization.quantizers import (
@@ -45,6 +47,7 @@ __all__ = [
     "convert_",
     "cost",
     "double_rounding",
+    "export_onnx",
     "fake_quantize",
     "load_converted",
     "load_packed",
@@ -54,4 +57,5 @@ __all__ = [
     "save_packed",
     "switch_",
     "switch_codes",
+    "to_deploy",
 ]

@@ -27,7 +27,7 @@ from lightning_plugins.quantization.layers import (
     _QuantLayer,
 )
 from lightning_plugins.quantization.plan import BitPlan
-from lightning_plugins.quantization.quantizers import SMALLEST_SCALE, ScaleGrad
+from lightning_plugins.quantization.quantizers import ScaleGrad, smallest_scale
 
 __all__ = [
     "active_plan",
@@ -115,14 +115,22 @@ def convert_(
             raise ValueError(f"{name} must be 2 to 8, or 32 for unquantized, got {least!r}")
     if quantized_layers(model):
         raise ValueError("the model is converted already; restore_ it first, or keep what it is")
+    for name, module in model.named_modules():
+        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+            raise ValueError(f"layer {name!r} has no weights yet; run a batch through the model before convert_")
     candidates = {name: module for name, module in model.named_modules() if _float_class(module) is not None}
+    for argument, patterns in {"include": include, "exclude": exclude}.items():
+        if isinstance(patterns, str):
+            raise TypeError(f"{argument} must be a list of patterns, got the text {patterns!r}; write [{patterns!r}]")
+        for pattern in patterns:
+            if candidates and not any(fnmatchcase(name, pattern) for name in candidates):
+                names = ", ".join(candidates)
+                raise ValueError(f"{argument}: no Conv1d, Conv2d or Linear layer matches {pattern!r}; they are {names}")
     ends = {name for name in (*list(candidates)[:1], *list(candidates)[-1:])}
     layers: dict[str, dict[str, Any]] = {}
     for name, module in candidates.items():
         if not _matches(name, include) or _matches(name, exclude):
             continue
-        if any(is_lazy(parameter) for parameter in module.parameters()):
-            raise ValueError(f"layer {name!r} has no weights yet; run a batch through the model before convert_")
         depthwise = getattr(module, "groups", 1) == getattr(module, "in_channels", 0) > 1
         least = max(first_last_bits if name in ends else 0, depthwise_bits if depthwise else 0)
         if least != FULL_PRECISION:
@@ -161,6 +169,8 @@ def convert_(
 def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
     """Let a converted model compute at other bits from now on, in place.
 
+    A plan that is the same as a uniform precision is that precision.
+
     Args:
         model: converted by :func:`convert_`, or read by :func:`.load_packed`.
         bits: one of its precisions for all layers (a layer with a larger least precision takes that one), or a
@@ -181,7 +191,8 @@ def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
     if not isinstance(bits, Mapping):
         if bits not in precisions:
             raise ValueError(f"bits must be one of the model's precisions {precisions}, got {bits!r}")
-        plan = {name: min(b for b in layer.bits if b >= bits) for name, layer in layers.items()}
+        bits = precisions[precisions.index(bits)]
+        plan = _uniform(layers, bits)
     else:
         plan = dict(bits)
         if plan.keys() != layers.keys():
@@ -192,6 +203,8 @@ def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
         for name, value in plan.items():
             if value not in layers[name].bits:
                 raise ValueError(f"layer {name!r} was converted for {layers[name].bits} bits, the plan says {value}")
+        # The plan of a uniform precision is that precision, also for normalisations that follow no layer.
+        bits = next((b for b in precisions if _uniform(layers, b) == plan), bits)
     for name, layer in layers.items():
         layer.num_bits = plan[name]
     full = all(value == FULL_PRECISION for value in plan.values())
@@ -218,11 +231,16 @@ def restore_(model: Model) -> Model:
             _replace(model, name, module.norms[str(module.bits[0])])
         if "residual_quantizer" in module._modules:
             ResidualQuantizer.detach_(module)
-    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_add_spec, _drop_spec):
-                del hooks[key]
+    for module in model.modules():
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hook", hook) in (_add_spec, _drop_spec, _no_fast_path):
+                    del hooks[key]
     return model
+
+
+def _uniform(layers: Mapping[str, _QuantLayer], bits: int) -> dict[str, int]:
+    return {name: min(b for b in layer.bits if b >= bits) for name, layer in layers.items()}
 
 
 def load_converted(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
@@ -233,7 +251,7 @@ def load_converted(model: Model, checkpoint: str | os.PathLike[str] | Mapping[st
         checkpoint: the path of a Lightning checkpoint or of a saved ``state_dict``, or either of them loaded.
 
     Returns:
-        The same model, converted, at its highest precision.
+        The same model, converted.
 
     Raises:
         ValueError: if the checkpoint is not one of a converted model.
@@ -244,13 +262,18 @@ def load_converted(model: Model, checkpoint: str | os.PathLike[str] | Mapping[st
     else:
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
     state: dict[str, Any] = dict(loaded.get("state_dict", loaded))
-    if SPEC_KEY not in state:
+    parts = [key.removesuffix(SPEC_KEY) for key in state if key.endswith(SPEC_KEY)]
+    if not parts:
         raise ValueError(
             "this is not the checkpoint of a converted model; load it with load_state_dict before convert_"
         )
-    spec = json.loads(bytes(state[SPEC_KEY].tolist()))
     if not quantized_layers(model):
-        apply_spec_(model, spec)
+        for prefix in parts:
+            try:
+                part = model.get_submodule(prefix.removesuffix("."))
+                apply_spec_(part, json.loads(bytes(state[prefix + SPEC_KEY].tolist())))
+            except AttributeError as error:
+                raise RuntimeError(f"the checkpoint is one of another architecture: {error}") from error
     model.load_state_dict(state)
     return model
 
@@ -295,7 +318,8 @@ def batch_norm_and_bias_parameters(model: nn.Module) -> dict[int | None, list[nn
 def clamp_scales_(model: nn.Module) -> None:
     """Keep every scale positive; call it after each optimizer step."""
     scales: list[torch.Tensor] = [scale for group in scale_parameters(model).values() for scale in group]
-    torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
+    for dtype in {scale.dtype for scale in scales}:
+        torch._foreach_clamp_min_([scale for scale in scales if scale.dtype == dtype], smallest_scale(dtype))
 
 
 def check_precisions(bits: Sequence[int]) -> tuple[int, ...]:
@@ -305,7 +329,8 @@ def check_precisions(bits: Sequence[int]) -> tuple[int, ...]:
         ValueError: if one is out of range or named twice, or none is below 32.
     """
     precisions = tuple(sorted(bits, reverse=True))
-    wrong = [b for b in precisions if isinstance(b, bool) or not (b in range(2, 9) or b == FULL_PRECISION)]
+    allowed = (*range(2, 9), FULL_PRECISION)
+    wrong = [b for b in precisions if isinstance(b, bool) or not isinstance(b, int) or b not in allowed]
     if wrong or len(set(precisions)) < len(precisions) or all(b == FULL_PRECISION for b in precisions):
         raise ValueError(
             f"bits must be different precisions of 2 to 8, with or without 32 beside them, got {tuple(bits)!r}"
@@ -338,14 +363,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def apply_spec_(model: nn.Module, spec: Mapping[str, Any]) -> None:
-    """Convert a model as :func:`describe` described another one of its architecture."""
+    """Convert a model as :func:`describe` described another one of its architecture; all of it or nothing."""
+    for name in (*spec["norms"], *spec["residual"]["inputs"], *spec["residual"]["outputs"]):
+        model.get_submodule(name)
+    for name in spec["layers"]:
+        if _float_class(module := model.get_submodule(name)) is None:
+            raise ValueError(f"{name!r} was a convolution or linear layer, here it is a {type(module).__name__}")
     for name, follows in spec["norms"].items():
         _replace(model, name, MultiPrecisionBatchNorm(model.get_submodule(name), spec["bits"], follows=follows))
     for name, layer in spec["layers"].items():
         module = model.get_submodule(name)
         float_class = _float_class(module)
-        if float_class is None:
-            raise ValueError(f"{name!r} was a convolution or linear layer, here it is a {type(module).__name__}")
+        assert float_class is not None
         module.__class__ = _class_with_parametrizations(module, _QUANTIZED[float_class])
         assert isinstance(module, _QuantLayer)
         module.add_quantizers(**layer, precisions=spec["bits"])
@@ -355,7 +384,11 @@ def apply_spec_(model: nn.Module, spec: Mapping[str, Any]) -> None:
             quantizer = ResidualQuantizer(init=spec["residual"]["init"], to_output=kind == "outputs").to(parameter)
             quantizer.attach_(model.get_submodule(name))
     model._register_state_dict_hook(_add_spec)  # type: ignore[no-untyped-call]
-    model._register_load_state_dict_pre_hook(_drop_spec)  # type: ignore[no-untyped-call]
+    model._register_load_state_dict_pre_hook(_drop_spec, with_module=True)  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
+            module.register_forward_pre_hook(_no_fast_path)
+    switch_(model, spec["bits"][0])
 
 
 def _add_spec(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -363,8 +396,23 @@ def _add_spec(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_m
     state_dict[prefix + SPEC_KEY] = torch.tensor(list(spec), dtype=torch.uint8)
 
 
-def _drop_spec(state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    state_dict.pop(prefix + SPEC_KEY, None)
+def _drop_spec(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: list[str]
+) -> None:
+    packed = state_dict.pop(prefix + SPEC_KEY, None)
+    if packed is None or not strict:
+        return
+    theirs, ours = json.loads(bytes(packed.tolist())), describe(model)
+    bits = [{name: layer["bits"] for name, layer in spec["layers"].items()} for spec in (theirs, ours)]
+    if theirs["bits"] != ours["bits"] or bits[0] != bits[1]:
+        args[-1].append(
+            f"the checkpoint was converted for {theirs['bits']} bits, the model for {ours['bits']}, or other layers "
+            "were; load_converted converts a plain model as the checkpoint was"
+        )
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """Do nothing: while a hook is there, torch's transformer layers do not read the weights past our layers."""
 
 
 def _float_class_of(cls: type[nn.Module]) -> type[nn.Module]:

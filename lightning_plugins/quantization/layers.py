@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from lightning_plugins.quantization.quantizers import (
     SMALLEST_SCALE,
@@ -22,6 +23,7 @@ from lightning_plugins.quantization.quantizers import (
     lsq_scale,
     percentile_scale,
     quantize_codes,
+    smallest_scale,
     switch_codes,
     weight_scale,
 )
@@ -68,6 +70,8 @@ class InputQuantizer(nn.Module):
 
     def __init__(self, bits: Sequence[int], *, init: InputInit = "percentile") -> None:
         super().__init__()
+        if init not in ("percentile", "lsq"):
+            raise ValueError(f"init must be 'percentile' or 'lsq', got {init!r}")
         self.bits = tuple(bits)
         self.init = init
         self.scales = nn.ParameterDict({str(b): nn.Parameter(torch.ones(())) for b in self.bits})
@@ -85,27 +89,31 @@ class InputQuantizer(nn.Module):
         """Return the scale to use for these inputs, and whether codes have both signs; set them where it is time to."""
         if bits in self._ready:
             return self.scales[str(bits)], self._signed
-        measured: tuple[Tensor, bool] = self._measure(inputs, bits)
+        measured: tuple[Tensor, bool] = self._measure(inputs, bits, store=self.training)
         return measured
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _measure(self, inputs: Tensor, bits: int) -> tuple[Tensor, bool]:
+    def _measure(self, inputs: Tensor, bits: int, *, store: bool) -> tuple[Tensor, bool]:
         inputs = inputs.detach()
+        self._read_buffers()  # averaged models and DistributedDataParallel write them without load_state_dict
+        if bits in self._ready:
+            return self.scales[str(bits)], self._signed
         signed = self._signed if self._ready else bool((inputs < 0).any())
-        together = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        together = store and torch.distributed.is_available() and torch.distributed.is_initialized()
         if together and not self._ready:
             flag = torch.tensor(float(signed), device=inputs.device)
             torch.distributed.all_reduce(flag)
             signed = bool(flag > 0)
         measure = percentile_scale if self.init == "percentile" else lsq_scale
-        scale = measure(inputs, bits=bits, signed=signed)
-        if not self.training:
+        known = inputs if inputs.numel() else inputs.new_zeros(1)
+        scale = measure(known, bits=bits, signed=signed)
+        if not store:
             return scale, signed
         if together:
             torch.distributed.all_reduce(scale)
             scale /= torch.distributed.get_world_size()
         parameter = self.scales[str(bits)]
-        if scale > SMALLEST_SCALE:  # else all values are 0, and the next batch may tell more
+        if SMALLEST_SCALE < scale < torch.inf:  # else all are 0, or one is no number; the next batch may tell more
             with torch.no_grad():
                 parameter.copy_(scale)
                 self.ready[self.bits.index(bits)] = True
@@ -120,9 +128,10 @@ class InputQuantizer(nn.Module):
 
     def clipped_share(self, inputs: Tensor, bits: int) -> Tensor:
         """Return the share of these inputs, in [0, 1], that lies outside of the range at a precision."""
-        scale, signed = self.scale_and_sign(inputs, bits)
+        scale, signed = self._measure(inputs, bits, store=False)
         low, high = code_range(bits, signed=signed)
-        return ((inputs < low * scale) | (inputs > high * scale)).float().mean()
+        share: Tensor = ((inputs < low * scale) | (inputs > high * scale)).float().mean()
+        return share
 
     def _read_buffers(self) -> None:
         self._ready = tuple(b for b, ready in zip(self.bits, self.ready.tolist(), strict=True) if ready)
@@ -191,11 +200,17 @@ class _QuantLayer(nn.Module):
         if not weight.is_meta:
             self.reset_weight_scale()
         own = tuple(b for b in quantized if b != shared_input_bits)
-        self.input_quantizer = InputQuantizer(own, init=input_init).to(weight) if quantize_input and own else None
+        self.input_quantizer = None
+        if quantize_input and own:
+            self.input_quantizer = InputQuantizer(own, init=input_init).to(weight).train(self.training)
         self.register_buffer("codes", None)
+        self.register_load_state_dict_post_hook(_remake_weight_scale)  # type: ignore[no-untyped-call]
 
     def remove_quantizers(self) -> None:
         """Take away all that :meth:`add_quantizers` gave."""
+        hooks = self._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _remake_weight_scale]:
+            del hooks[key]
         del self.weight_scale, self.input_quantizer, self.codes, self.bits, self.precisions, self.high_bits
         del self.num_bits, self.per_channel, self.scale_grad, self.shared_input_bits
         del self.quantize_input, self.input_init
@@ -215,7 +230,7 @@ class _QuantLayer(nn.Module):
         """Set the scale from the weights as they are."""
         scale = weight_scale(self.weight, bits=self.high_bits, per_channel=self.per_channel)
         with torch.no_grad():
-            self.weight_scale.copy_(scale)
+            self.weight_scale.copy_(scale.clamp_min(smallest_scale(self.weight_scale.dtype)))
 
     def weight_codes(self, bits: int | None = None) -> Tensor:
         """Return the int8 codes of the weight at a precision; default the one in use."""
@@ -246,6 +261,10 @@ class _QuantLayer(nn.Module):
 
     def keep_only_codes_(self, codes: Tensor) -> None:
         """Replace the weights by their highest codes; training ends here."""
+        if parametrize.is_parametrized(self, "weight"):
+            parametrize.remove_parametrizations(self, "weight")
+        elif prune.is_pruned(self):
+            prune.remove(self, "weight")  # type: ignore[no-untyped-call]
         del self.weight
         self.codes = codes
 
@@ -258,12 +277,21 @@ class _QuantLayer(nn.Module):
         if fresh:
             state_dict[prefix + "weight_scale"] = self.weight_scale.detach()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if fresh and self.codes is None and not self.weight_scale.is_meta:
-            self.reset_weight_scale()
+        self._scale_is_stale = fresh and self.codes is None and not self.weight_scale.is_meta
 
     def extra_repr(self) -> str:
         """Add the precisions to what the fp32 layer says of itself."""
         return f"{super().extra_repr()}, bits={self.bits}, num_bits={self.num_bits}"
+
+
+def _remake_weight_scale(layer: nn.Module, keys: Any) -> None:
+    """After the whole layer was loaded: parametrizations come after it, and pruning masks the weight in the forward."""
+    if layer.__dict__.pop("_scale_is_stale", False):
+        assert isinstance(layer, _QuantLayer)
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                hook(layer, None)
+        layer.reset_weight_scale()
 
 
 class _QuantConv(_QuantLayer):
@@ -339,6 +367,7 @@ class MultiPrecisionBatchNorm(nn.Module):
         self.bits = tuple(sorted(bits, reverse=True))
         self.num_bits = self.bits[0]
         self.norms = nn.ModuleDict({str(b): deepcopy(norm) for b in self.bits})
+        self.training = self.norms.training = norm.training
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise with the statistics of the precision in use."""
@@ -374,11 +403,11 @@ class ResidualQuantizer(InputQuantizer):
 
     def attach_(self, module: nn.Module) -> None:
         """Put this quantizer on a module."""
-        module.add_module("residual_quantizer", self)
+        module.add_module("residual_quantizer", self.train(module.training))
         if self.to_output:
             module.register_forward_hook(_quantize_output)
         else:
-            module.register_forward_pre_hook(_quantize_first_input)
+            module.register_forward_pre_hook(_quantize_first_input, with_kwargs=True)
 
     @staticmethod
     def detach_(module: nn.Module) -> None:
@@ -387,6 +416,7 @@ class ResidualQuantizer(InputQuantizer):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_quantize_output, _quantize_first_input)]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 # At module level, so that a model with these hooks can be copied and pickled.
@@ -394,5 +424,8 @@ def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return module.residual_quantizer(output)  # type: ignore[operator, no-any-return]
 
 
-def _quantize_first_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return module.residual_quantizer(args[0]), *args[1:]  # type: ignore[operator]
+def _quantize_first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    if args:
+        return (module.residual_quantizer(args[0]), *args[1:]), kwargs  # type: ignore[operator]
+    first = next(iter(kwargs))
+    return args, kwargs | {first: module.residual_quantizer(kwargs[first])}  # type: ignore[operator]

@@ -84,6 +84,8 @@ def quantize_codes(weight: Tensor, scale: Tensor, *, bits: int, high_bits: int =
     with torch.no_grad():
         weight, scale = _in_float(weight), _in_float(scale)
         codes = _round_twice(weight / _align(scale, weight), bits, high_bits, signed=True)
+        if codes.isnan().any():
+            raise ValueError("weight and scale must be finite to have codes, got NaN; look for the step that diverged")
     return codes.to(torch.int8)
 
 
@@ -205,10 +207,11 @@ def conv_on_quantized(
     bits: int,
     signed: bool,
 ) -> Tensor:
-    """Convolve ``fake_quantize(inputs, scale)`` with ``weight``, and keep nothing for backward that fp32 would not.
+    """Convolve ``fake_quantize(inputs, scale)`` with ``weight``.
 
-    The quantized inputs are made again in the backward pass, tile by tile in the cache, instead of being stored; and
-    the larger half of the scale's gradient, ``<dx, x>`` over the quantized inputs, is ``<dW, W>`` by bilinearity.
+    In float32 nothing is kept for backward that a plain convolution would not keep: the quantized inputs are made
+    again, tile by tile in the cache, instead of being stored. Under autocast and in half precision one quantized copy
+    is kept.
 
     Args:
         inputs: ``(N, C, ...)`` with one or two spatial dimensions.
@@ -287,6 +290,11 @@ def percentile_scale(values: Tensor, *, bits: int, signed: bool) -> Tensor:
     return torch.where(width > 0, width / (high - low), flat.abs().max() / high).clamp_min(SMALLEST_SCALE)
 
 
+def smallest_scale(dtype: torch.dtype) -> float:
+    """Return the least scale that a dtype can hold: float16 would round 1e-8 to 0."""
+    return max(SMALLEST_SCALE, torch.finfo(dtype).tiny)
+
+
 def _check_bits(bits: int, high_bits: int) -> None:
     if not 2 <= bits <= high_bits <= 8:
         raise ValueError(f"need 2 <= bits <= high_bits <= 8, got bits={bits!r}, high_bits={high_bits!r}")
@@ -325,13 +333,12 @@ def _gradient_factor(values: Tensor, scale: Tensor, bits: int, high_bits: int, *
 
 
 def _quantize(inputs: Tensor, scale: Tensor, bits: int, high_bits: int, *, signed: bool, exact: bool) -> Tensor:
-    values = _in_float(inputs)
-    aligned = _align(scale.to(values.dtype), values)
+    working = _in_float(inputs.new_empty(0)).dtype
+    aligned = _align(scale.to(working), inputs)
     if torch.compiler.is_compiling():
-        output = _composed(values, aligned, bits, high_bits, signed=signed, exact=exact)
-    else:
-        output = _FakeQuantize.apply(values, aligned, bits, high_bits, signed, exact)
-    return output.to(inputs.dtype)
+        return _composed(inputs.to(working), aligned, bits, high_bits, signed=signed, exact=exact).to(inputs.dtype)
+    output: Tensor = _FakeQuantize.apply(inputs, aligned, bits, high_bits, signed, exact)
+    return output
 
 
 def _composed(values: Tensor, scale: Tensor, bits: int, high_bits: int, *, signed: bool, exact: bool) -> Tensor:
@@ -339,7 +346,10 @@ def _composed(values: Tensor, scale: Tensor, bits: int, high_bits: int, *, signe
     factor = _gradient_factor(values, scale, bits, high_bits, signed=signed, exact=exact)
     step = (scale * 2.0 ** (high_bits - bits)).detach() + factor * (scale - scale.detach())
     codes = _round_twice(values.detach() / scale.detach(), bits, high_bits, signed=signed)
-    inside = (values / step).clamp(*code_range(bits, signed=signed))
+    low, high = code_range(bits, signed=signed)
+    u = values / step
+    # Not clamp: whether its gradient passes on the limits themselves depends on the version of torch.
+    inside = torch.where((u >= low) & (u <= high), u, u.detach().clamp(low, high))
     straight = (inside + (inside.round() - inside).detach()) * step
     return codes * step.detach() + (straight - straight.detach())
 
@@ -349,16 +359,17 @@ class _FakeQuantize(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, scale: Tensor, bits: int, high_bits: int, signed: bool, exact: bool
+        ctx: Any, inputs: Tensor, scale: Tensor, bits: int, high_bits: int, signed: bool, exact: bool
     ) -> Tensor:
-        ctx.save_for_backward(values, scale)
+        ctx.save_for_backward(inputs, scale)
         ctx.arguments = bits, high_bits, signed, exact
-        return _forward(values, scale, bits, high_bits, signed=signed)
+        return _forward(_in_float(inputs), scale, bits, high_bits, signed=signed).to(inputs.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, scale = ctx.saved_tensors
+        inputs, scale = ctx.saved_tensors
+        values, grad = _in_float(inputs), _in_float(grad)
         bits, high_bits, signed, exact = ctx.arguments
         limits = code_range(bits, signed=signed)
         grad_values, sums = torch.empty_like(values), []
@@ -369,7 +380,7 @@ class _FakeQuantize(Function):
             through = _sum_of_products(grad_value, u, scale)
             sums.append(_sum_of_products(upstream, u.round_().clamp_(*limits), scale) - through)
         factor = _gradient_factor(values, scale, bits, high_bits, signed=signed, exact=exact)
-        return grad_values, factor * _join(sums, scale), None, None, None, None
+        return grad_values.to(inputs.dtype), factor * _join(sums, scale), None, None, None, None
 
 
 class _OnQuantized(Function):
@@ -399,37 +410,42 @@ class _OnQuantized(Function):
         inputs, scale, weight = ctx.saved_tensors
         bits, signed, arguments = ctx.arguments
         needs_inputs, needs_scale, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        wanted = (needs_inputs or needs_scale, needs_weight or needs_scale, needs_bias)
+        # <dx, x> over the quantized inputs equals <dW, W>, as the output is linear in both. The two are subtracted from
+        # nearly equal sums, so this needs kernels that compute in full float32; by default CUDA's round to TF32.
+        bilinear = inputs.device.type == "cpu"
+        wanted = (needs_inputs or needs_scale, needs_weight or (needs_scale and bilinear), needs_bias)
         quantized = _forward(inputs, scale.reshape(()), bits, bits, signed=signed)
         if arguments is None:
             grads = _linear_backward(grad, quantized, weight, wanted)
         else:
             grads = _conv_backward(grad, quantized, weight, arguments, wanted)
-        del quantized
         grad_inputs, grad_weight, grad_bias = grads
         grad_scale = None
         if grad_inputs is not None:
             limits, step, sums = code_range(bits, signed=signed), scale.reshape(()), []
             # Nobody else has seen this tensor, so what falls outside of the range is cleared in place.
-            for value, grad_value in _tiles(inputs, grad_inputs):
+            for value, grad_value, code in _tiles(inputs, grad_inputs, inputs if bilinear else quantized):
                 u = value / step
+                whole = 0.0 if bilinear else _sum_of_products(grad_value, code, step) / step
                 _mask(grad_value, u, limits, out=grad_value)
-                sums.append(_sum_of_products(grad_value, u, step))
-            if grad_weight is not None:
-                # <dx, x> over the quantized inputs equals <dW, W>: the output is linear in both.
-                total = torch.dot(grad_weight.flatten(), weight.flatten()) / step - _join(sums, step)
+                sums.append(whole - _sum_of_products(grad_value, u, step))
+            if needs_scale:
+                total = _join(sums, step)
+                if bilinear and grad_weight is not None:
+                    total = total + torch.dot(grad_weight.flatten(), weight.flatten()) / step
                 factor = _gradient_factor(inputs, scale, bits, bits, signed=signed, exact=False)
                 grad_scale = (factor * total).view_as(scale)
         return grad_inputs, grad_scale, grad_weight, grad_bias, None, None, None
 
 
 def _needs_composition(inputs: Tensor, weight: Tensor) -> bool:
-    """Whether quantizer and layer stay apart: for a compiler, for autocast, and for mixed or half dtypes."""
+    """Whether quantizer and layer stay apart: for a compiler, autocast, mixed or half dtypes, or without a batch."""
     return (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled(inputs.device.type)
         or inputs.dtype != weight.dtype
         or inputs.dtype not in (torch.float32, torch.float64)
+        or inputs.ndim < weight.ndim
     )
 
 
