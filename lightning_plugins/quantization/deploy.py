@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,64 +39,6 @@ __all__ = ["DeployConv", "DeployLinear", "DeployQuantizer", "to_deploy"]
 
 # These classes normalise in evaluation as their statistics say; a user's own subclass may do something else.
 _FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-_LIMITS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
-
-
-def _register_operators(namespace: str = "quantized_decomposed") -> list[torch.library.Library]:
-    """Define the operators that are used here as torch does, unless it does."""
-    with contextlib.suppress(ImportError):  # private, and announced to go
-        importlib.import_module("torch.ao.quantization.fx._decomposed")
-    if hasattr(getattr(torch.ops, namespace), "quantize_per_tensor"):
-        return []
-
-    def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
-        return (torch.round(x.float() * (1.0 / scale)) + zero_point).clamp(low, high).to(dtype)
-
-    def dequantize(
-        x: Tensor,
-        scale: float,
-        zero_point: int,
-        low: int,
-        high: int,
-        dtype: torch.dtype,
-        *,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        return (x.to(out_dtype or torch.float32) - zero_point) * scale
-
-    def dequantize_channels(
-        x: Tensor,
-        scales: Tensor,
-        zero_points: Tensor | None,
-        axis: int,
-        low: int,
-        high: int,
-        dtype: torch.dtype,
-        *,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        shape = [-1 if dimension == axis else 1 for dimension in range(x.ndim)]
-        shifted = x if zero_points is None else x - zero_points.view(shape)
-        return (shifted * scales.view(shape)).to(out_dtype or torch.float32)
-
-    library = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]  # lives as long as somebody holds it
-    rest = "int quant_min, int quant_max, ScalarType dtype"
-    for name, arguments, function in (
-        ("quantize_per_tensor", f"float scale, int zero_point, {rest}", quantize),
-        ("dequantize_per_tensor", f"float scale, int zero_point, {rest}, *, ScalarType? out_dtype=None", dequantize),
-        (
-            "dequantize_per_channel",
-            f"Tensor scales, Tensor? zero_points, int axis, {rest}, *, ScalarType? out_dtype=None",
-            dequantize_channels,
-        ),
-    ):
-        library.define(f"{name}(Tensor input, {arguments}) -> Tensor")  # type: ignore[no-untyped-call]
-        for key in ("CompositeExplicitAutograd", "Meta"):
-            library.impl(name, function, key)  # type: ignore[no-untyped-call]
-    return [library]
-
-
-_LIBRARIES = _register_operators()
 
 
 def to_deploy(model: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
@@ -170,8 +110,19 @@ def to_deploy(model: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
     return replaced.get(copy, copy).eval().requires_grad_(False)
 
 
+def _onnx(operator: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, **attributes: Any) -> Tensor:
+    """Stand for an ONNX operator in a graph that is being exported.
+
+    The exporter's own translations of torch's quantization operators would not do: they drop limits below 8 bits, make
+    shifted codes signed, and know no scales for each channel before onnxscript 0.7.1.
+    """
+    return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=inputs[0].shape)
+
+
 class DeployQuantizer(nn.Module):
-    """Round to integer codes and back, by operators that exporters know.
+    """Round to integer codes and back.
+
+    The arguments are constants, which exporters write into the graph; they are no part of the ``state_dict``.
 
     Args:
         scale: step of the codes, positive.
@@ -205,25 +156,21 @@ class DeployQuantizer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the inputs as multiples of the scale."""
+        low, high = code_range(self.bits, signed=self.signed)
+        if not torch.onnx.is_in_onnx_export():
+            # A division, as in training and in ONNX, and by a tensor, or a GPU would multiply by 1 / scale: that gives
+            # another code at a tie, and what comes from 8-bit codes has ties.
+            step = torch.full((), self.scale, dtype=torch.float32, device=inputs.device)
+            return (inputs.float() / step).round().clamp(low, high) * step
         dtype = torch.int8 if self.signed else torch.uint8
-        operators, low, high = torch.ops.quantized_decomposed, *code_range(self.bits, signed=self.signed)
-        scale = self.scale
-        if torch.onnx.is_in_onnx_export():
-            codes = operators.quantize_per_tensor(inputs, scale, 0, *_LIMITS[dtype], dtype)
-            if self.bits < 8:
-                # Narrower limits given to the operator would be lost: ONNX's saturates at those of the type.
-                codes = codes.clamp(low, high)
-            if self.shift:
-                scale, by = self.integer_scale, torch.tensor(self.shift, dtype=dtype)
-                codes = torch.onnx.ops.symbolic(  # the exporter's own translation of << makes the codes signed
-                    "BitShift", (codes, by), {"direction": "LEFT"}, dtype=dtype, shape=codes.shape
-                )
-        else:
-            # As in training and in ONNX. Torch's own operator multiplies by 1 / scale: another code at a tie, and what
-            # comes from 8-bit codes has ties.
-            codes = (inputs / scale).round().clamp(low, high).to(dtype)
-        values: Tensor = operators.dequantize_per_tensor(codes, scale, 0, *_LIMITS[dtype], dtype)
-        return values
+        scale, zero = torch.tensor(self.scale), torch.zeros((), dtype=dtype)
+        codes = _onnx("QuantizeLinear", (inputs, scale, zero), dtype)
+        if self.bits < 8:
+            codes = codes.clamp(low, high)  # QuantizeLinear saturates at the limits of the type
+        if self.shift:
+            scale = torch.tensor(self.integer_scale)
+            codes = _onnx("BitShift", (codes, torch.tensor(self.shift, dtype=dtype)), dtype, direction="LEFT")
+        return _onnx("DequantizeLinear", (codes, scale, zero), torch.float32)
 
     def extra_repr(self) -> str:
         """Show the codes' format."""
@@ -264,10 +211,9 @@ class _DeployLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that the codes stand for."""
-        weight: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
-            self.codes, self.scale, None, 0, *_LIMITS[torch.int8], torch.int8
-        )
-        return weight
+        if torch.onnx.is_in_onnx_export():
+            return _onnx("DequantizeLinear", (self.codes, self.scale), torch.float32, axis=0)
+        return self.codes * self.scale.view(-1, *[1] * (self.codes.ndim - 1))
 
     def suit_integers_(self) -> None:
         """Choose codes and scale so that the bias can be an integer beside them; the weight stays the same.

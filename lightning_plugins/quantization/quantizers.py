@@ -7,6 +7,7 @@ bits lies exactly between two, so another rule anywhere would give another netwo
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -399,7 +400,7 @@ class _OnQuantized(Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs, scale, weight)
         ctx.arguments = bits, signed, arguments
-        quantized = _forward(inputs, scale.reshape(()), bits, bits, signed=signed)
+        quantized = _forward(inputs, scale.reshape(()), bits, bits, signed=signed, output=_workspace(inputs))
         if arguments is None:
             return F.linear(quantized, weight, bias)
         return (F.conv1d if weight.ndim == 3 else F.conv2d)(quantized, weight, bias, *arguments)
@@ -414,7 +415,7 @@ class _OnQuantized(Function):
         # nearly equal sums, so this needs kernels that compute in full float32; by default CUDA's round to TF32.
         bilinear = inputs.device.type == "cpu"
         wanted = (needs_inputs or needs_scale, needs_weight or (needs_scale and bilinear), needs_bias)
-        quantized = _forward(inputs, scale.reshape(()), bits, bits, signed=signed)
+        quantized = _forward(inputs, scale.reshape(()), bits, bits, signed=signed, output=_workspace(inputs))
         if arguments is None:
             grads = _linear_backward(grad, quantized, weight, wanted)
         else:
@@ -449,13 +450,26 @@ def _needs_composition(inputs: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _forward(values: Tensor, scale: Tensor, bits: int, high_bits: int, *, signed: bool) -> Tensor:
-    output = torch.empty_like(values)
+def _forward(
+    values: Tensor, scale: Tensor, bits: int, high_bits: int, *, signed: bool, output: Tensor | None = None
+) -> Tensor:
+    output = torch.empty_like(values) if output is None else output
     step = scale * 2.0 ** (high_bits - bits)
     for value, part, part_of_scale, part_of_step in _tiles(values, output, scale, step):
         torch.div(value, part_of_scale, out=part)
         _round_twice(part, bits, high_bits, signed=signed).mul_(part_of_step)
     return output
+
+
+def _workspace(like: Tensor) -> Tensor:
+    """Return memory for a result that nobody keeps: on the CPU always the same, as the first use of a page is slow."""
+    if like.device.type != "cpu" or not like.is_contiguous():
+        return torch.empty_like(like)
+    memory: dict[Any, Tensor] = vars(_WORKSPACES)
+    if like.dtype not in memory or memory[like.dtype].numel() < like.numel():
+        with torch.inference_mode(False):  # a tensor made under it could not be written outside
+            memory[like.dtype] = torch.empty(like.numel(), dtype=like.dtype)
+    return memory[like.dtype][: like.numel()].view(like.shape)
 
 
 def _mask(grad: Tensor, u: Tensor, limits: tuple[int, int], *, out: Tensor) -> None:
@@ -510,4 +524,5 @@ def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(torch.split(t, rows) if t.ndim else [t] * count for t in tensors), strict=True)
 
 
+_WORKSPACES = threading.local()  # one tensor for each thread and dtype, of the size of the largest input
 _TILE = 2**18  # elements: 1 MiB of float32, and threads share it
