@@ -88,7 +88,7 @@ def find(name_or_file: str) -> Recipe:
             return Recipe(Path(name_or_file).stem, Path(name_or_file).read_text(encoding="utf-8"), name_or_file)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the recipe file {name_or_file!r} cannot be read: {error}") from error
-    near = difflib.get_close_matches(name_or_file, names(), n=3, cutoff=0.3)
+    near = difflib.get_close_matches(name_or_file, names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names())}."
     raise ValueError(f"there is no recipe {name_or_file!r}; {hint} A file of your own must end in .yaml")
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -95,18 +96,24 @@ def _onnx_bytes(model: nn.Module, inputs: tuple[Tensor, ...], plan: Mapping[str,
     batch = torch.export.Dim("batch")
     # From a batch of one an exporter concludes that the batch size is always one.
     example = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # it reports on its own internals
-        program = torch.onnx.export(
-            model,
-            example,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["input"] if len(inputs) == 1 else None,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
-            external_data=False,
-            verbose=False,
-        )
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # torch 2.9 warns of torchvision's operators, which are not in the graph
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # it reports on its own internals
+            program = torch.onnx.export(
+                model,
+                example,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["input"] if len(inputs) == 1 else None,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        log.setLevel(level)
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:

@@ -198,7 +198,7 @@ def test_residual_network_with_and_without_quantized_sums():
 
 
 def test_ties_of_requantized_codes_fall_as_in_training():
-    # 8-bit codes that are quantized again, to n / 3 times their step, have ties, which the last digit of a float decides.
+    # 8-bit codes that are quantized again, to n / 3 times their step, have ties: the last digit of a float decides.
     codes = torch.arange(256.0)
     for step in torch.rand(20, generator=torch.Generator().manual_seed(0)):
         for n in range(200, 256):
@@ -215,16 +215,18 @@ def test_a_mixed_plan_decides_layer_by_layer():
     assert_equal_up_to_ties(deployed(IMAGES), outputs(model, IMAGES, plan))
 
 
-def test_full_precision_layers_stay_float():
+@pytest.mark.parametrize("make", [conv_net, small_resnet])
+def test_full_precision_layers_stay_float(make):
     torch.manual_seed(0)
-    model = conv_net()
-    model(IMAGES)
-    convert_(model, (32, 8), first_last_bits=8)
-    train(model, IMAGES, (32, 8))
+    model, images = make(), IMAGES if make is conv_net else torch.rand(8, 1, 8, 8)
+    model(images)
+    convert_(model, (32, 8), first_last_bits=8, quantize_residual=make is small_resnet)
+    train(model, images, (32, 8))
     deployed = to_deploy(model, 32)
-    assert not any(isinstance(m, DeployConv | DeployLinear) for m in deployed.modules())
-    assert type(deployed[0]) is nn.Conv2d
-    torch.testing.assert_close(deployed(IMAGES), outputs(model, IMAGES, 32), rtol=1e-5, atol=1e-5)
+    kinds = {type(module) for module in deployed.modules()}
+    assert not kinds & {DeployConv, DeployLinear, DeployQuantizer, nn.BatchNorm2d}
+    assert nn.Conv2d in kinds
+    torch.testing.assert_close(deployed(images), outputs(model, images, 32), rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_follows_a_layer_is_folded():
