@@ -45,7 +45,7 @@ class ResidualSums:
     """What enters the residual sums of a network.
 
     Attributes:
-        inputs: blocks whose input is added, each with the layers that read the same input.
+        inputs: blocks whose input is added, or read by several layers, each with the layers that read it.
         outputs: modules whose output is added.
     """
 
@@ -69,16 +69,17 @@ def residual_sums(model: nn.Module) -> ResidualSums:
         graph = _trace(block)
         calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
         first = next(node for node in graph.nodes if node.op == "placeholder")
-        for node in graph.nodes:
-            if not _adds(node) or _owner(node) or any(summand.op == "get_attr" for summand in node.args[:2]):
-                continue  # a constant such as a position embedding is no residual
+        readers = tuple(f"{prefix}{user.target}" for user in first.users if _calls(model, prefix, user, _LAYERS))
+        sums = [node for node in graph.nodes if _adds(node) and not _owner(node)]
+        # A constant such as a position embedding is no residual.
+        sums = [node for node in sums if all(summand.op != "get_attr" for summand in node.args[:2])]
+        for node in sums:
             for summand in node.args[:2]:
                 source = summand
                 while _is_transparent(model, prefix, source):
                     source = source.args[0]
                 if source is first and owner:
-                    readers = [f"{prefix}{user.target}" for user in first.users if _calls(model, prefix, user, _LAYERS)]
-                    inputs[owner] = tuple(readers)
+                    inputs[owner] = readers
                 elif source.op == "call_module" and calls[source.target] == 1:
                     outputs[f"{prefix}{source.target}"] = None
                 elif not _adds(source):  # a sum of sums adds integers already
@@ -87,6 +88,10 @@ def residual_sums(model: nn.Module) -> ResidualSums:
                         f"{source.target!r}, not from the block's input or from one module called once, so there is no "
                         "place for its quantizer; make it a module of its own, or leave quantize_residual=False"
                     )
+        if owner and sums and len(readers) > 1:
+            # A block that changes shapes: two layers read its input, and with one quantizer for both of them the sum
+            # that made it stays in integers.
+            inputs[owner] = readers
     if not inputs and not outputs:
         raise ValueError(
             f"quantize_residual=True: no residual sum was found in {type(model).__name__} (torch.fx sees sums written "
