@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -27,3 +29,14 @@ def borrow_attribute(module: nn.Module, name: str, value: object) -> Callable[[]
             setattr(module, name, previous)
 
     return restore
+
+
+def tap_forward(module: nn.Module, see: Callable[[Any], Any]) -> Callable[[], None]:
+    """Let ``module(...)`` return what ``see`` makes of its output; return the function that puts things back."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        return see(forward(*args, **kwargs))
+
+    return borrow_attribute(module, "forward", tapped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -28,7 +27,7 @@ from lightning_plugins.calibration import (
     reliability_bins,
     reliability_diagram,
 )
-from lightning_plugins.callbacks._borrow import borrow_attribute
+from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._distributed import gather_rows
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics
@@ -41,24 +40,21 @@ class _ForwardTap:
 
     def __init__(self, pl_module: pl.LightningModule, calibrator: Calibrator | None) -> None:
         self.logits: list[Tensor] = []
-        forward = pl_module.forward
+        self.calibrator = calibrator
+        self.restore = tap_forward(pl_module, self.see)
 
-        @functools.wraps(forward)
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
-                self.logits.append(output.detach())
-                return output if calibrator is None else calibrator(output)
-            if calibrator is not None:
-                shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
-                raise MisconfigurationException(
-                    "PostHocCalibration expected forward to return logits (N, C), found "
-                    f"{type(output).__name__}{shape}; set calibrate_outputs=False and use calibrated_module() or the "
-                    "calibrator itself."
-                )
-            return output
-
-        self.restore = borrow_attribute(pl_module, "forward", tapped)
+    def see(self, output: Any) -> Any:
+        if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
+            self.logits.append(output.detach())
+            return output if self.calibrator is None else self.calibrator(output)
+        if self.calibrator is not None:
+            shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+            raise MisconfigurationException(
+                "PostHocCalibration expected forward to return logits (N, C), found "
+                f"{type(output).__name__}{shape}; set calibrate_outputs=False and use calibrated_module() or the "
+                "calibrator itself."
+            )
+        return output
 
 
 class PostHocCalibration(pl.Callback):

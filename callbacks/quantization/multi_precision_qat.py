@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn
-from lightning_plugins.callbacks._borrow import borrow_attribute
+from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_figure, log_table
@@ -67,7 +67,7 @@ class MultiPrecisionQAT(TrainingStepCallback):
     [0, 1], measured by this callback in further forward passes); once an epoch ``quantization/lambda_8bit`` (learning
     rate of the scales), ``quantization/weight_scale``, ``quantization/input_scale_8bit`` (means over layers),
     ``quantization/clipped_weights_8bit``, ``quantization/clipped_inputs_8bit`` (shares, mean over layers, inputs of the
-    first validation batch); the figures ``quantization/accuracy`` and ``quantization/codes`` and the table
+    first validation batch); the figures ``test/accuracy_over_bits`` and ``quantization/codes`` and the table
     ``quantization/layers``.
 
     Args:
@@ -329,7 +329,13 @@ class MultiPrecisionQAT(TrainingStepCallback):
         switch_(pl_module, bits)
         remember = ids is not None and bits == self.bits[0]
         seen: list[Tensor] = []
-        restore = borrow_attribute(pl_module, "forward", _tapped(pl_module.forward, seen)) if remember else None
+
+        def see(output: Any) -> Any:
+            if isinstance(output, Tensor) and output.ndim == 2:
+                seen.append(output.detach())
+            return output
+
+        restore = tap_forward(pl_module, see) if remember else None
         try:
             if self._is_initialized(pl_module, bits):
                 output = step(batch, batch_idx)
@@ -603,16 +609,6 @@ def _loss_of(output: STEP_OUTPUT) -> Tensor | None:
         return loss
     assert output is None or isinstance(output, Tensor)
     return output
-
-
-def _tapped(forward: Callable[..., Any], seen: list[Tensor]) -> Callable[..., Any]:
-    def tapped(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        if isinstance(output, Tensor) and output.ndim == 2:
-            seen.append(output.detach())
-        return output
-
-    return tapped
 
 
 def _extend_per_group_lists(scheduler: Any, count: int, wanted: int) -> None:

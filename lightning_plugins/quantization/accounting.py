@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.quantization.convert import quantized_layers
+from lightning_plugins.quantization.convert import check_converted, quantized_layers
 from lightning_plugins.quantization.layers import FULL_PRECISION, _QuantLayer
 from lightning_plugins.quantization.packed import (
     borrowed,
-    check_converted,
     encode,
     file_spec,
     tensor_entries,

@@ -184,10 +184,9 @@ def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
         ValueError: for a precision that the model, or one of its layers, was not converted for, or a plan that does not
             name exactly its layers.
     """
+    check_converted(model)
     layers = quantized_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no quantized layers; convert_ it first")
-    precisions = model_precisions(model)
+    precisions = _precisions(layers)
     if not isinstance(bits, Mapping):
         if bits not in precisions:
             raise ValueError(f"bits must be one of the model's precisions {precisions}, got {bits!r}")
@@ -232,10 +231,9 @@ def restore_(model: Model) -> Model:
         if "residual_quantizer" in module._modules:
             ResidualQuantizer.detach_(module)
     for module in model.modules():
-        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "hook", hook) in (_add_spec, _drop_spec, _no_fast_path):
-                    del hooks[key]
+        forget_spec_(module)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_fast_path]:
+            del module._forward_pre_hooks[key]
     return model
 
 
@@ -340,7 +338,21 @@ def check_precisions(bits: Sequence[int]) -> tuple[int, ...]:
 
 def model_precisions(model: nn.Module) -> tuple[int, ...]:
     """Return the precisions that :func:`switch_` takes for a converted model, highest first."""
-    return tuple(sorted({b for layer in quantized_layers(model).values() for b in layer.precisions}, reverse=True))
+    return _precisions(quantized_layers(model))
+
+
+def _precisions(layers: Mapping[str, _QuantLayer]) -> tuple[int, ...]:
+    return tuple(sorted({b for layer in layers.values() for b in layer.precisions}, reverse=True))
+
+
+def check_converted(model: nn.Module) -> None:
+    """Refuse a model without quantized layers.
+
+    Raises:
+        ValueError: for such a model.
+    """
+    if not any(isinstance(module, _QuantLayer) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no quantized layers; convert_ it first")
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -409,6 +421,14 @@ def _drop_spec(
             f"the checkpoint was converted for {theirs['bits']} bits, the model for {ours['bits']}, or other layers "
             "were; load_converted converts a plain model as the checkpoint was"
         )
+
+
+def forget_spec_(module: nn.Module) -> None:
+    """Let a module's ``state_dict`` be silent about a conversion."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_add_spec, _drop_spec):
+                del hooks[key]
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:

@@ -16,9 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from lightning_plugins.quantization.convert import (
     _add_spec,
     _class_with_parametrizations,
-    _drop_spec,
     _float_class_of,
     _replace,
+    forget_spec_,
     quantized_layers,
     switch_,
 )
@@ -65,6 +65,7 @@ def to_deploy(model: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
 
     Example:
         >>> from lightning_plugins.quantization import convert_, switch_
+        >>> _ = torch.manual_seed(0)
         >>> net = convert_(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), (8, 4), first_last_bits=4)
         >>> x = torch.rand(16, 8)
         >>> _ = switch_(net.train(), 4)(x)  # stands for training: it sets the input scales
@@ -106,7 +107,7 @@ def to_deploy(model: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
         if quantizer.num_bits != FULL_PRECISION:
             _attach_(replaced.get(module, module), quantizer)
     for module in copy.modules():
-        _forget_conversion(module)
+        forget_spec_(module)
     return replaced.get(copy, copy).eval().requires_grad_(False)
 
 
@@ -369,10 +370,3 @@ def _attach_(module: nn.Module, trained: ResidualQuantizer) -> None:
 
 def _is_converted_root(module: nn.Module) -> bool:
     return any(getattr(hook, "hook", hook) is _add_spec for hook in module._state_dict_hooks.values())
-
-
-def _forget_conversion(module: nn.Module) -> None:
-    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_add_spec, _drop_spec):
-                del hooks[key]

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 from lightning_plugins.quantization.quantizers import (
     SMALLEST_SCALE,
     ScaleGrad,
+    _align,
     code_range,
     conv_on_quantized,
     double_rounding,
@@ -249,14 +250,14 @@ class _QuantLayer(nn.Module):
             )
         codes = self.weight_codes().to(self.weight_scale.dtype)
         step = self.weight_scale.detach() * 2.0 ** (self.high_bits - self.num_bits)
-        return codes * (step.view(-1, *[1] * (codes.ndim - 1)) if step.ndim else step)
+        return codes * _align(step, codes)
 
     @torch.no_grad()
     def clipped_weight_share(self, bits: int) -> Tensor:
         """Return the share of the weights, in [0, 1], that lies outside of the range at a precision."""
         low, high = code_range(bits)
         scale = self.weight_scale * 2.0 ** (self.high_bits - bits)
-        u = self.weight / (scale.view(-1, *[1] * (self.weight.ndim - 1)) if scale.ndim else scale)
+        u = self.weight / _align(scale, self.weight)
         return ((u < low) | (u > high)).float().mean()
 
     def keep_only_codes_(self, codes: Tensor) -> None:

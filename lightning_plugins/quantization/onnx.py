@@ -69,6 +69,7 @@ def export_onnx(
     Example:
         >>> import tempfile
         >>> from lightning_plugins.quantization import convert_
+        >>> _ = torch.manual_seed(0)
         >>> net = convert_(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), (8, 4), first_last_bits=4)
         >>> x = torch.rand(16, 8)
         >>> _ = net.train()(x)  # stands for training: it sets the input scales

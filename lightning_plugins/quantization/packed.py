@@ -31,6 +31,7 @@ from lightning_plugins.files import write_atomically
 from lightning_plugins.quantization.convert import (
     Model,
     apply_spec_,
+    check_converted,
     describe,
     quantized_layers,
     switch_,
@@ -217,7 +218,6 @@ def load_packed(path: str | os.PathLike[str], module: Model) -> Model:
     _make_plain(module)
     _check_architecture(module, spec, shapes, name)
     apply_spec_(module, spec)
-    switch_(module, spec["bits"][0])
     entries = tensor_entries(module)
     _check_tensors(entries, tensors, name)
     for key, entry in entries.items():
@@ -483,7 +483,6 @@ def _write(entry: Entry, tensor: Tensor) -> None:
         layer = entry.places[0][0]
         assert isinstance(layer, _QuantLayer)
         codes = _beside(unpack_codes(tensor, layer.high_bits, weight_shape(layer)), layer.weight)
-        vars(layer).pop("codes", None)  # the None that stands where the buffer goes
         layer.keep_only_codes_(codes)
         return
     parts = tensor.unbind() if entry.stacked else [tensor]
@@ -511,11 +510,6 @@ def _make_plain(module: nn.Module) -> None:
         if is_parametrized(submodule):
             for name in list(submodule.parametrizations):  # type: ignore[arg-type]
                 remove_parametrizations(submodule, name)
-
-
-def check_converted(model: nn.Module) -> None:
-    if not quantized_layers(model):
-        raise ValueError(f"{type(model).__name__} has no quantized layers; convert_ it first")
 
 
 def _check_ready(model: nn.Module, *, alone: bool) -> None:
