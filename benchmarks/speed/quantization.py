@@ -1,7 +1,8 @@
-"""What quantization-aware training costs, as ratios to the fp32 training step of the same net.
+r"""What quantization-aware training costs, as ratios to the fp32 training step of the same net.
 
-    python benchmarks/speed/quantization.py --json benchmarks/results/speed_quantization.json
-    python benchmarks/speed/quantization.py --compile     # adds the compiled nets: some minutes more
+    python benchmarks/speed/quantization.py --compile --rounds 15 --json benchmarks/results/speed_quantization.json \
+        --markdown docs/results/speed_quantization.md
+    python benchmarks/speed/quantization.py     # without the compiled nets: a minute
 
 ResNet-20 of width 16 on batches of 128; a step is forward, backward and SGD. Contenders run in turn, in an order that
 rotates from round to round. Two ratios are printed for each: best wall time over the fp32 step's best wall time, and
@@ -219,6 +220,22 @@ def peak_memory(model: nn.Module, batch: tuple[Tensor, Tensor], bits: tuple[int,
     return live.peak / 2**20
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """Return the table for the documentation."""
+    lines = ["| training step | time, of fp32's | CPU time, of fp32's |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {row['wall_ratio']:.2f} | {row['cpu_ratio']:.2f} |" for name, row in report["rows"].items()]
+    memory, where = report["peak_memory_mib"], report["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines += [
+        "",
+        f"*ResNet-20 of width 16, batch {report['batch']}, SGD, {where['threads']} threads, best of {report['rounds']} "
+        f"rounds (CPU time: median). Live tensors at the peak of a step: fp32 {memory['fp32']:.0f} MiB, one precision "
+        f"{memory['one']:.0f}, four precisions {memory['joint']:.0f}. {where['cpu']}, {where['date'][:10]}; "
+        f"{versions}.*",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,6 +245,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="also measure the nets under torch.compile")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--markdown", type=Path, help="file to write the documentation's table to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -242,17 +260,18 @@ def main() -> None:
     print(f"{'':40}{'wall':>9}{'wall ms':>10}{'CPU':>9}")
     for name, row in rows.items():
         print(f"{name:40}{row['wall_ratio']:9.2f}{row['wall_ms']:10.0f}{row['cpu_ratio']:9.2f}")
-    if options.json:
-        report = {
-            "environment": environment("brevitas", "torchao"),
-            "batch": f"128 x {shape}",
-            "rounds": options.rounds,
-            "peak_memory_mib": memory,
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"\nwritten to {options.json}", file=sys.stderr)
+    report = {
+        "environment": environment("brevitas", "torchao"),
+        "batch": f"128 x {shape}",
+        "rounds": options.rounds,
+        "peak_memory_mib": memory,
+        "rows": rows,
+    }
+    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
