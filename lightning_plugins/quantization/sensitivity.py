@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,20 +84,6 @@ class SensitivityTable:
     def order(self) -> list[str]:
         """Return the layers, the least important first; those of equal importance in the order of the table."""
         return sorted(self.layers, key=lambda name: self.layers[name].importance)
-
-    def with_importance(self, method: str, importance: Mapping[str, float]) -> SensitivityTable:
-        """Return a table of the same layers with another importance, and losses scaled to it.
-
-        The losses of each layer keep their shape over bits, ``loss(b) / loss(lowest b)``, and are multiplied by the new
-        importance: a control such as a random order then works with every allocator.
-        """
-        layers = {}
-        for name, layer in self.layers.items():
-            largest = max(layer.losses.values())
-            shape = {b: loss / largest if largest > 0 else 0.0 for b, loss in layer.losses.items()}
-            losses = {b: importance[name] * share for b, share in shape.items()}
-            layers[name] = replace(layer, importance=importance[name], losses=losses, error=None)
-        return SensitivityTable(method, layers, self.details)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the table as JSON."""
