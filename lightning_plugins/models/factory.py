@@ -9,12 +9,17 @@ from typing import Any
 
 from torch import nn
 
+from lightning_plugins.models.binary_resnet import binary_resnet20
 from lightning_plugins.models.convnet import convnet3
 from lightning_plugins.models.resnet import resnet20
 
 __all__ = ["build_model"]
 
-_OWN: dict[str, Callable[..., nn.Module]] = {"convnet3": convnet3, "resnet20": resnet20}
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "binary_resnet20": binary_resnet20,
+    "convnet3": convnet3,
+    "resnet20": resnet20,
+}
 
 
 def build_model(
@@ -23,7 +28,8 @@ def build_model(
     """Build one of our networks or any torchvision classifier by its name.
 
     Args:
-        name: ``"resnet20"``, ``"convnet3"``, or a name from ``torchvision.models.list_models()``.
+        name: ``"resnet20"``, ``"convnet3"``, ``"binary_resnet20"``, or a name from
+            ``torchvision.models.list_models()``.
         num_classes: number of logits.
         in_channels: channels of the images. A torchvision network made for three gets a new first convolution.
         image_size: height and width of the images in pixels, handed to networks that ask for it (ViT, ConvNet-3).
