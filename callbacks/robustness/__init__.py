@@ -1,0 +1,1 @@
+"""Robustness callbacks; import them from :mod:`lightning_plugins.callbacks`."""

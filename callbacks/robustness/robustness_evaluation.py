@@ -1,0 +1,347 @@
+"""Measuring robustness while a module is validated and tested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
+from lightning_plugins.callbacks._classes import class_counts
+from lightning_plugins.gradients import grad_context, ordinary
+from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_table
+from lightning_plugins.robustness.attack import AttackResult
+from lightning_plugins.robustness.attacks import APGDAttack, Attack, PGDAttack
+from lightning_plugins.robustness.figures import (
+    accuracy_over_eps_figure,
+    attacked_images_figure,
+    class_accuracy_figure,
+)
+from lightning_plugins.robustness.metrics import RobustAccuracy, halves_by_count
+
+__all__ = ["RobustnessEvaluation"]
+
+_BATCH_STRIDE, _RANK_STRIDE = 1_000_003, 7_368_787
+_NUM_PICTURES = 8
+
+
+class RobustnessEvaluation(pl.Callback):
+    """Attack a module while it is validated and tested, and report how much of its accuracy is left.
+
+    In validation a cheap attack runs on the same first samples with the same seed every time, so that curves can be
+    compared and checkpoints chosen by ``val/robust_acc``. In ``test`` all attacks run on all samples; a sample counts
+    as robust only if it is classified correctly and survives every one of them. Works inside ``fit``, ``validate`` and
+    ``test`` with the Trainer's defaults; attacks run in float32 where the Trainer uses mixed precision.
+
+    Logged, with ``val/`` or ``test/`` before: ``clean_acc``, ``robust_acc``, ``robust_acc_balanced`` (mean over
+    classes), ``robust_acc_worst`` (of the worst class), ``robust_acc_tail`` (mean over the rarer half of the classes,
+    where their counts are known), and in test ``robust_acc_<attack>`` for each attack. Further the pictures
+    ``class_accuracy``, ``attacked_images`` and ``accuracy_over_eps``, and the table ``classes``.
+
+    Args:
+        val_attack: default :class:`.PGDAttack` with 10 steps in a radius of 8/255; its radius is what the other
+            defaults take. False for no attack in validation.
+        test_attacks: by name; default ``{"pgd20": PGDAttack(num_steps=20), "apgd_t": APGDAttack()}``. Empty for none.
+        num_val_samples: samples attacked in validation, by each process; None for all.
+        every_n_epochs: attack in every n-th validation of a fit; in between, the last values are logged again.
+        eps_grid: radii at which accuracy is measured in test, on the first ``num_val_samples`` and by PGD of 20 steps;
+            default six from 0 to twice the attack's. Empty for none.
+        tail: classes that count as tail; default the rarer half of the training set.
+        counts: training samples of each class; default as the data module or training set tells.
+        mean: of each channel, if the inputs are normalised outside of the module.
+        std: likewise.
+        seed: of the attacks.
+        batch_fn: takes the batch, returns its inputs and targets; default the first two elements of a tuple or list.
+        logits_fn: takes the module and inputs, returns logits ``(N, C)``; default ``pl_module(inputs)``.
+
+    Raises:
+        ValueError: for an argument out of range.
+        MisconfigurationException: for inputs that cannot be attacked, such as those outside of [0, 1].
+
+    Example:
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> from lightning_plugins.callbacks import RobustnessEvaluation
+        >>> from lightning_plugins.robustness import PGDAttack
+        >>> callbacks = [
+        ...     RobustnessEvaluation(PGDAttack(eps=0.1, num_steps=10)),
+        ...     ModelCheckpoint(monitor="val/robust_acc", mode="max"),
+        ... ]
+    """
+
+    batch_fn: BatchFn = staticmethod(inputs_and_targets)
+    logits_fn: LogitsFn = staticmethod(forward_logits)
+
+    def __init__(
+        self,
+        val_attack: Attack | bool | None = None,
+        test_attacks: Mapping[str, Attack] | None = None,
+        *,
+        num_val_samples: int | None = 1000,
+        every_n_epochs: int = 1,
+        eps_grid: Sequence[float] | None = None,
+        tail: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
+        batch_fn: BatchFn | None = None,
+        logits_fn: LogitsFn | None = None,
+    ) -> None:
+        if val_attack is None or val_attack is True:
+            val_attack = PGDAttack(step_size=2 / 255)
+        if val_attack is not False and not isinstance(val_attack, Attack):
+            raise TypeError(f"val_attack must be an Attack such as PGDAttack(eps=8/255) or False, got {val_attack!r}")
+        if num_val_samples is not None and num_val_samples < 1:
+            raise ValueError(f"num_val_samples must be at least 1, or None for all, got {num_val_samples!r}")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs!r}")
+        if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
+            raise ValueError("mean and std go together, with one number for each channel")
+        reference = val_attack if isinstance(val_attack, Attack) else Attack()
+        eps, norm = reference.eps, reference.norm
+        if test_attacks is None:
+            test_attacks = {"pgd20": PGDAttack(eps, norm, num_steps=20), "apgd_t": APGDAttack(eps, norm)}
+        for name, attack in test_attacks.items():
+            if not isinstance(attack, Attack):
+                raise TypeError(f"test_attacks[{name!r}] must be an Attack such as PGDAttack(), got {attack!r}")
+        if eps_grid is None:
+            eps_grid = [eps * share for share in (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)] if test_attacks else []
+        if any(not 0 <= radius < float("inf") for radius in eps_grid):
+            raise ValueError(f"eps_grid must hold radii of at least 0, got {list(eps_grid)}")
+        self.val_attack, self.test_attacks = val_attack, dict(test_attacks)
+        self.num_val_samples, self.every_n_epochs, self.eps_grid = num_val_samples, every_n_epochs, tuple(eps_grid)
+        self.tail, self.counts, self.mean, self.std, self.seed = tail, counts, mean, std, seed
+        self._norm = norm
+        if batch_fn is not None:
+            self.batch_fn = batch_fn
+        if logits_fn is not None:
+            self.logits_fn = logits_fn
+        self._stage = "val"
+        self._attacks: dict[str, Attack] = {}
+        self._metrics: dict[str, tuple[RobustAccuracy, RobustAccuracy]] = {}
+        self._grid: dict[float, RobustAccuracy] = {}
+        self._seen = 0
+        self._pictures: tuple[Tensor, Tensor, list[str]] | None = None
+        self._last: dict[str, Tensor] = {}
+        self._figures: dict[str, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        log_callback_hyperparameters(trainer, self)
+
+    # Validation and test take the same way.
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        skip = trainer.sanity_checking or (
+            trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs != 0
+        )
+        attacks = {"": self.val_attack} if isinstance(self.val_attack, Attack) and not skip else {}
+        self._start("val", attacks, ())
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start("test", self.test_attacks, self.eps_grid)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if dataloader_idx == 0:
+            self._attack(trainer, pl_module, batch, batch_idx, self.num_val_samples)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if dataloader_idx == 0:
+            self._attack(trainer, pl_module, batch, batch_idx, None)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not isinstance(self.val_attack, Attack):
+            return
+        if self._attacks:
+            self._last = self._results(trainer)
+        if self._last:
+            pl_module.log_dict(self._last, sync_dist=True)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._attacks:
+            pl_module.log_dict(self._results(trainer), sync_dist=True)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._show(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._show(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": dict(self._last)} if self._last else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last = dict(state_dict.get("last", {}))
+
+    # Attacks
+
+    def _start(self, stage: str, attacks: dict[str, Attack], grid: Sequence[float]) -> None:
+        self._stage, self._attacks = stage, attacks
+        self._metrics, self._seen, self._pictures = {}, 0, None
+        self._grid = dict.fromkeys(grid)  # type: ignore[arg-type]
+
+    def _attack(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, limit: int | None
+    ) -> None:
+        if not self._attacks or (limit is not None and self._seen >= limit):
+            return
+        inputs, targets = self.batch_fn(batch)
+        if limit is not None:
+            inputs, targets = inputs[: limit - self._seen], targets[: limit - self._seen]
+        with grad_context():
+            inputs, targets = ordinary(inputs), ordinary(targets)
+            clean = self._logits(pl_module, inputs)
+            survived = clean.argmax(1) == targets
+            first = not self._metrics
+            if first:
+                self._make_metrics(clean)
+            self._update("clean", clean.argmax(1), clean.argmax(1), targets)
+            worst = clean.argmax(1)
+            for number, (name, attack) in enumerate(self._attacks.items()):
+                result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, number)
+                attacked = result.logits.argmax(1)
+                self._update(name, clean.argmax(1), attacked, targets)
+                worst = torch.where(survived & (attacked != targets), attacked, worst)
+                survived &= attacked == targets
+                if first and self._pictures is None:
+                    self._keep_pictures(inputs, result, targets)
+            self._update("all", clean.argmax(1), worst, targets)
+            if self._seen < (self.num_val_samples or float("inf")):
+                for number, eps in enumerate(self._grid):
+                    attack = PGDAttack(eps, self._norm, num_steps=20)
+                    result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, 100 + number)
+                    self._grid[eps].update(clean.argmax(1), result.logits.argmax(1), targets)
+        self._seen += len(inputs)
+
+    def _run(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        attack: Attack,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_idx: int,
+        number: int,
+    ) -> AttackResult:
+        generator = torch.Generator(inputs.device)
+        generator.manual_seed(
+            self.seed + _BATCH_STRIDE * (128 * batch_idx + number) + _RANK_STRIDE * trainer.global_rank
+        )
+        images = inputs if self.mean is None else self._denormalized(inputs)
+
+        def logits_fn(asked: Tensor) -> Tensor:
+            return self._logits(pl_module, asked if self.mean is None else self._normalized(asked).to(inputs.dtype))
+
+        try:
+            return attack(logits_fn, images, targets, generator=generator)
+        except ValueError as error:
+            raise MisconfigurationException(f"RobustnessEvaluation could not attack the batch: {error}") from error
+
+    def _logits(self, pl_module: pl.LightningModule, inputs: Tensor) -> Tensor:
+        return self.logits_fn(pl_module, inputs)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return (images - self._of_channels(self.mean, images)) / self._of_channels(self.std, images)
+
+    def _denormalized(self, inputs: Tensor) -> Tensor:
+        images = inputs.float() * self._of_channels(self.std, inputs) + self._of_channels(self.mean, inputs)
+        return images.clamp(0.0, 1.0)
+
+    @staticmethod
+    def _of_channels(values: Sequence[float] | None, like: Tensor) -> Tensor:
+        assert values is not None
+        return torch.tensor(tuple(values), device=like.device).reshape(1, -1, *[1] * (like.ndim - 2))
+
+    # Results
+
+    def _make_metrics(self, logits: Tensor) -> None:
+        count = logits.shape[1]
+
+        def make(average: Any) -> RobustAccuracy:
+            return RobustAccuracy(count, average=average).to(logits.device)
+
+        self._metrics = {name: (make("micro"), make("none")) for name in ("clean", "all", *self._attacks)}
+        self._grid = {eps: make("micro") for eps in self._grid}
+
+    def _update(self, name: str, clean: Tensor, attacked: Tensor, targets: Tensor) -> None:
+        for metric in self._metrics[name]:
+            metric.update(clean, attacked, targets)
+
+    def _results(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+        overall = {name: micro.compute() for name, (micro, _) in self._metrics.items()}
+        clean, robust = self._metrics["clean"][1].compute(), self._metrics["all"][1].compute()
+        present = ~robust.isnan()
+        results = {
+            "clean_acc": overall["clean"],
+            "robust_acc": overall["all"],
+            "robust_acc_balanced": robust[present].mean(),
+            "robust_acc_worst": robust[present].min(),
+        }
+        tail = self._tail_classes(trainer, len(robust))
+        if tail:
+            results["robust_acc_tail"] = robust[tail].nanmean()
+            results["clean_acc_tail"] = clean[tail].nanmean()
+        results |= {f"robust_acc_{name}": overall[name] for name in self._attacks if name}
+        self._figures = {"classes": (clean.cpu(), robust.cpu()), "stage": self._stage, "results": results}
+        if self._grid and self._stage == "test":
+            self._figures["eps"] = {eps: float(metric.compute()) for eps, metric in self._grid.items()}
+        return {f"{self._stage}/{name}": value for name, value in results.items()}
+
+    def _tail_classes(self, trainer: pl.Trainer, num_classes: int) -> list[int]:
+        if self.tail is not None:
+            return list(self.tail)
+        counts = self.counts
+        if counts is None and trainer.train_dataloader is not None:
+            counts = class_counts(trainer)  # type: ignore[assignment]
+        if counts is None:
+            counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
+        if counts is None or len(counts) != num_classes or len(set(torch.as_tensor(counts).tolist())) < 2:
+            return []
+        return list(halves_by_count(counts)["tail"])
+
+    def _keep_pictures(self, inputs: Tensor, result: AttackResult, targets: Tensor) -> None:
+        if inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
+            return
+        count = min(_NUM_PICTURES, len(inputs))
+        images = inputs if self.mean is None else self._denormalized(inputs)
+        titles = [
+            f"{true} → {guess}"
+            for true, guess in zip(targets[:count].tolist(), result.logits.argmax(1)[:count].tolist(), strict=True)
+        ]
+        self._pictures = (images[:count].cpu(), result.adversarial[:count].cpu(), titles)
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        if not trainer.loggers or not self._figures:
+            return
+        stage = self._figures["stage"]
+        clean, robust = self._figures["classes"]
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        names = names if names is not None and len(names) == len(clean) else None
+        log_figure(trainer, f"{stage}/class_accuracy", class_accuracy_figure(clean, robust, names))
+        labels = range(len(clean)) if names is None else names
+        rows = [[str(label), float(c), float(r)] for label, c, r in zip(labels, clean, robust, strict=True)]
+        log_table(trainer, f"{stage}/classes", ["class", "clean_acc", "robust_acc"], rows)
+        if self._pictures is not None:
+            log_figure(trainer, f"{stage}/attacked_images", attacked_images_figure(*self._pictures))
+        if "eps" in self._figures:
+            log_figure(trainer, f"{stage}/accuracy_over_eps", accuracy_over_eps_figure(self._figures["eps"]))
+        self._figures = {}
