@@ -4,7 +4,27 @@ if __name__ != "lightning_plugins.callbacks":
     raise ImportError("import lightning_plugins.callbacks, not callbacks: a second name would load every class twice")
 
 from lightning_plugins.callbacks.calibration.post_hoc import PostHocCalibration
+from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
+from lightning_plugins.callbacks.quantization.bit_plan_qat import BitPlanQAT
+from lightning_plugins.callbacks.quantization.mixed_precision_qat import MixedPrecisionQAT
 from lightning_plugins.callbacks.quantization.multi_precision_qat import MultiPrecisionQAT
+from lightning_plugins.callbacks.quantization.post_training_quantization import PostTrainingQuantization
+from lightning_plugins.callbacks.robustness.adversarial_training import AdversarialTraining
+from lightning_plugins.callbacks.robustness.adversarial_weight_perturbation import AdversarialWeightPerturbation
+from lightning_plugins.callbacks.robustness.deferred_reweighting import DeferredReweighting
+from lightning_plugins.callbacks.robustness.robustness_evaluation import RobustnessEvaluation
 from lightning_plugins.callbacks.training_step import TrainingStepCallback
 
-__all__ = ["MultiPrecisionQAT", "PostHocCalibration", "TrainingStepCallback"]
+__all__ = [
+    "AdversarialTraining",
+    "AdversarialWeightPerturbation",
+    "BinaryQAT",
+    "BitPlanQAT",
+    "DeferredReweighting",
+    "MixedPrecisionQAT",
+    "MultiPrecisionQAT",
+    "PostHocCalibration",
+    "PostTrainingQuantization",
+    "RobustnessEvaluation",
+    "TrainingStepCallback",
+]

@@ -15,8 +15,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import DemoModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_plugins.callbacks import MultiPrecisionQAT, PostHocCalibration, TrainingStepCallback
-from lightning_plugins.quantization import load_converted, restore_
+from lightning_plugins.callbacks import (
+    AdversarialTraining,
+    AdversarialWeightPerturbation,
+    BinaryQAT,
+    BitPlanQAT,
+    DeferredReweighting,
+    MixedPrecisionQAT,
+    MultiPrecisionQAT,
+    PostHocCalibration,
+    RobustnessEvaluation,
+    TrainingStepCallback,
+)
+from lightning_plugins.quantization import (
+    load_binary_checkpoint,
+    load_converted,
+    restore_,
+    restore_binary_,
+)
+from lightning_plugins.robustness import TRADES, FGSMAttack, PGDAttack
 from toys import (
     TinyModule,
     TorchvisionModule,
@@ -47,6 +64,9 @@ class Row:
         changes_training: the trained weights differ from those of a run without it.
         changes_structure: the module is another one afterwards, and its checkpoints say so to a plain module.
         refuses: the Trainer flags, by their names below, that it cannot work with.
+        restore: undoes the change of structure.
+        load: converts a plain module as a checkpoint says, and loads it.
+        argument: one that reaches the loggers; ``batch_fn`` where it reads batches.
     """
 
     make: Callable[..., pl.Callback]
@@ -54,10 +74,51 @@ class Row:
     changes_training: bool = False
     changes_structure: bool = False
     refuses: tuple[str, ...] = ()
+    restore: Callable[..., Any] = restore_
+    load: Callable[..., Any] = load_converted
+    argument: str = "batch_fn"
+
+
+# The toys' inputs are no images; this maps them into [0, 1].
+PIXELS = {"mean": [0.5], "std": [1 / 16]}
+ATTACK = PGDAttack(eps=0.02, num_steps=2)
+
+
+def trades(**arguments: Any) -> AdversarialTraining:
+    return AdversarialTraining(ATTACK, TRADES(beta=1.0), **PIXELS, **arguments)
 
 
 CALLBACKS = {
+    "AdversarialTraining": Row(partial(AdversarialTraining, ATTACK, **PIXELS), changes_training=True),
+    "AdversarialTraining, TRADES": Row(trades, changes_training=True),
+    "AdversarialWeightPerturbation": Row(AdversarialWeightPerturbation, changes_training=True, argument="gamma"),
+    "BinaryQAT": Row(
+        partial(BinaryQAT, stage_split=1, keep_real=()),
+        changes_training=True,
+        changes_structure=True,
+        restore=restore_binary_,
+        load=load_binary_checkpoint,
+    ),
+    "BitPlanQAT": Row(
+        partial(BitPlanQAT, bits=(8, 4), first_last_bits=2, order="hawq", unlock_epochs=2, score="zd"),
+        changes_training=True,
+        changes_structure=True,
+    ),
+    "DeferredReweighting": Row(partial(DeferredReweighting, counts=[40, 20, 4], start=0.0), changes_training=True),
     "InputNoise": Row(InputNoise, changes_training=True),
+    "MixedPrecisionQAT": Row(
+        partial(
+            MixedPrecisionQAT,
+            (8, 4, 2),
+            first_last_bits=2,
+            warmup_epochs=0,
+            num_epochs=4,
+            sensitivity="uniform",
+            budgets=(5,),
+        ),
+        changes_training=True,
+        changes_structure=True,
+    ),
     "MultiPrecisionQAT": Row(
         partial(MultiPrecisionQAT, (8, 4, 2), first_last_bits=2, stepping="sequential"),
         changes_training=True,
@@ -70,7 +131,22 @@ CALLBACKS = {
         changes_structure=True,
     ),
     "PostHocCalibration": Row(PostHocCalibration, needs_validation=True),
+    "RobustnessEvaluation": Row(
+        partial(RobustnessEvaluation, ATTACK, {"fgsm": FGSMAttack(0.02)}, eps_grid=[0.01], **PIXELS)
+    ),
 }
+
+
+def refused(first: str, second: str) -> str:
+    """Return words of the reason why two callbacks in this order are refused; nothing if they work together."""
+    one, two = (name.partition(",")[0] for name in (first, second))
+    if CALLBACKS[first].changes_structure and CALLBACKS[second].changes_structure:
+        return "both convert the layers"
+    if (one, two) == ("AdversarialTraining", "AdversarialWeightPerturbation"):
+        return "must stand before it"
+    if {"AdversarialTraining, TRADES", "DeferredReweighting"} == {first, second}:
+        return "leave one of them out"
+    return ""
 
 
 @pytest.fixture(params=CALLBACKS.values(), ids=CALLBACKS.keys())
@@ -154,7 +230,7 @@ def test_removal_leaves_no_trace(tmp_path, row):
     make_trainer(tmp_path, 1).fit(module)
     assert set(vars(module)) == set(vars(plain))
     if row.changes_structure:
-        restore_(module)
+        row.restore(module)
         assert module.state_dict().keys() == plain.state_dict().keys()
         assert [type(part) for part in module.modules()] == [type(part) for part in plain.modules()]
     assert not module._forward_hooks
@@ -196,16 +272,16 @@ def test_checkpoints_load_everywhere(tmp_path, row):
     make_trainer(tmp_path, 1, callback, checkpoint, enable_checkpointing=True).fit(module)
     path = checkpoint.best_model_path
     if row.changes_structure:
-        with pytest.raises(RuntimeError, match="load_converted"):
+        with pytest.raises(RuntimeError, match=row.load.__name__):
             TinyModule.load_from_checkpoint(path, weights_only=True)
-        assert_same_weights(module, load_converted(TinyModule(), path))
+        assert_same_weights(module, row.load(TinyModule(), path))
     else:
         assert_same_weights(module, TinyModule.load_from_checkpoint(path, weights_only=True))
     for other in (row.make(), None):  # with the callback and without
         fresh = TinyModule()
         trainer = make_trainer(tmp_path, 1, *([other] if other else []))
         if row.changes_structure and not other:
-            with pytest.raises(RuntimeError, match="MultiPrecisionQAT"):
+            with pytest.raises(RuntimeError, match="give the Trainer"):
                 trainer.test(fresh, ckpt_path=path, weights_only=True, verbose=False)
             continue
         trainer.test(fresh, ckpt_path=path, weights_only=True, verbose=False)
@@ -215,7 +291,8 @@ def test_checkpoints_load_everywhere(tmp_path, row):
 
 
 def test_a_torchvision_net_in_a_users_module_with_dictionary_batches(tmp_path, row):
-    trainer = make_trainer(tmp_path, 1, row.make(batch_fn=image_and_label))
+    arguments = {"batch_fn": image_and_label} if row.argument == "batch_fn" else {}
+    trainer = make_trainer(tmp_path, 1, row.make(**arguments))
     module = TorchvisionModule()
     trainer.fit(module)
     trainer.test(module, verbose=False)
@@ -276,7 +353,7 @@ def test_hyper_parameters_reach_the_loggers(tmp_path, row):
     trainer.fit(TinyModule())
     name = type(row.make()).__name__
     text = "".join(path.read_text() for path in tmp_path.rglob("hparams.yaml"))
-    assert f"lightning_plugins/{name}/batch_fn" in text
+    assert f"lightning_plugins/{name}/{row.argument}" in text
 
 
 @pytest.mark.parametrize(
@@ -287,6 +364,10 @@ def test_hyper_parameters_reach_the_loggers(tmp_path, row):
 def test_pairs_in_both_orders(tmp_path, first, second):
     module = TinyModule()
     trainer = make_trainer(tmp_path, 2, CALLBACKS[first].make(), CALLBACKS[second].make())
+    if words := refused(first, second):
+        with pytest.raises(MisconfigurationException, match=words):
+            trainer.fit(module)
+        return
     trainer.fit(module)
     trainer.test(module, verbose=False)
     assert "training_step" not in vars(module)

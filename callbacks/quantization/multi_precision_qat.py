@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,24 +19,27 @@ from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.callbacks._borrow import tap_forward
+from lightning_plugins.callbacks.quantization._conversion import ConvertsLayers
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_figure, log_table
 from lightning_plugins.quantization.accounting import cost
 from lightning_plugins.quantization.alrs import AdaptiveLearningRateScaling, ScalingRule
 from lightning_plugins.quantization.convert import (
+    SPEC_KEY,
     BatchNorms,
     batch_norm_and_bias_parameters,
     check_precisions,
     clamp_scales_,
     convert_,
+    idle_parameters,
     model_precisions,
     quantized_layers,
     scale_parameters,
     switch_,
 )
 from lightning_plugins.quantization.figures import accuracy_figure, code_histograms
-from lightning_plugins.quantization.layers import FULL_PRECISION, InputInit, InputQuantizer
+from lightning_plugins.quantization.layers import FULL_PRECISION, InputInit, ResidualQuantizer
 from lightning_plugins.quantization.packed import save_packed
 from lightning_plugins.quantization.quantizers import ScaleGrad
 from lightning_plugins.quantization.self_distillation import ProgressiveSelfDistillation
@@ -44,12 +47,13 @@ from lightning_plugins.quantization.self_distillation import ProgressiveSelfDist
 __all__ = ["MultiPrecisionQAT"]
 
 SampleIdsFn = Callable[[Any], Tensor]
+Bits = int | Mapping[str, int]
 
 # What torch's schedulers keep for each parameter group.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 
-class MultiPrecisionQAT(TrainingStepCallback):
+class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
     """Train one set of weights to work at several precisions: Double Rounding with adaptive learning-rate scaling.
 
     In ``setup`` the module's convolutions and linear layers are converted in place (see :func:`.convert_`), before
@@ -85,8 +89,8 @@ class MultiPrecisionQAT(TrainingStepCallback):
         sample_ids_fn: takes the batch, returns the samples' indices ``(N,)`` in the training set, for
             ``self_distillation``. Default: the batch's third element, which our data modules give
             (``with_index=True``).
-        start_from: a checkpoint of the same module in fp32, whose weights ``fit`` starts from. Default: the module's
-            own weights, trained or not.
+        start_from: a checkpoint whose weights ``fit`` starts from: of the same module in fp32, or converted for the
+            same bits. Default: the module's own weights, trained or not.
         evaluate: measure accuracy at every precision in validation and test; needs logits ``(N, C)`` and integer
             labels.
         include: convert only layers whose names match one of these patterns.
@@ -97,7 +101,7 @@ class MultiPrecisionQAT(TrainingStepCallback):
         quantize_inputs: quantize what goes into the layers too.
         input_init: how input scales start, ``"percentile"`` or ``"lsq"``.
         scale_grad: gradient of the weight scales, ``"effective"`` or ``"exact"``.
-        batch_norm: one for each precision, or ``"shared"``.
+        batch_norm: one for each precision, ``"transitional"`` or ``"shared"``; see :func:`.convert_`.
         quantize_residual: also quantize what enters residual sums to 8 bits, which integer runtimes need to be fast.
         batch_fn: takes the batch, returns ``(inputs, targets)``; default the first two elements of a tuple or list.
         logits_fn: takes the module and inputs, returns logits ``(N, C)``; default ``pl_module(inputs)``.
@@ -161,22 +165,27 @@ class MultiPrecisionQAT(TrainingStepCallback):
         self.batch_norm, self.quantize_residual = batch_norm, quantize_residual
         self._pl_module: pl.LightningModule | None = None
         self._handles: list[RemovableHandle] = []
-        self._now = self.bits[0]  # the precision of the loss that is computed
+        self._passes = self.bits  # a batch is trained in one pass for each
+        self._now = self.bits[0]  # the precision of the pass, and the bits at which it computes
+        self._bits_now: Bits = self.bits[0]
         self._lambdas: dict[int, float] = {}
         self._memory: ProgressiveSelfDistillation | None = None
         self._saved_memory: dict[str, Tensor] = {}
-        self._correct: dict[int, MeanMetric] = {}
+        self._correct: dict[str, MeanMetric] = {}
         self._clipped: dict[str, dict[int, Tensor]] = {}
 
     # Structure
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.refuse_others(trainer)
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # the layers may come from there, and Lightning calls it only later
         self._pl_module = pl_module
         if not quantized_layers(pl_module):
-            if self.start_from is not None and stage == "fit":
-                self._load_start(pl_module, self.start_from)
+            start = self._read_start() if stage == "fit" else None
+            converted = start is not None and any(key.endswith(SPEC_KEY) for key in start)
+            if start is not None and not converted:
+                self._load_start(pl_module, start)
             try:
                 convert_(
                     pl_module,
@@ -193,27 +202,50 @@ class MultiPrecisionQAT(TrainingStepCallback):
                     quantize_residual=self.quantize_residual,
                 )
             except ValueError as error:
-                raise MisconfigurationException(f"MultiPrecisionQAT: {error}") from error
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            if start is not None and converted:
+                self._load_start(pl_module, start)
         elif (found := model_precisions(pl_module)) != self.bits:
             raise MisconfigurationException(
-                f"MultiPrecisionQAT(bits={self.bits}) met a module that is converted for {found} already; use those "
-                "bits, or call lightning_plugins.quantization.restore_(module) first"
+                f"{type(self).__name__} trains {self.bits} bits and met a module that is converted for {found} "
+                "already; use those bits, or call lightning_plugins.quantization.restore_(module) first"
             )
         if stage == "fit":
             self._choose_stepping(trainer)
         super().setup(trainer, pl_module, stage)
 
-    @staticmethod
-    def _load_start(pl_module: pl.LightningModule, path: str) -> None:
-        if not Path(path).is_file():
-            raise MisconfigurationException(f"MultiPrecisionQAT(start_from={path!r}): there is no such checkpoint")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    def _read_start(self) -> dict[str, Any] | None:
+        if self.start_from is None:
+            return None
+        if not Path(self.start_from).is_file():
+            raise MisconfigurationException(
+                f"{type(self).__name__}(start_from={self.start_from!r}): there is no such checkpoint"
+            )
+        checkpoint = torch.load(self.start_from, map_location="cpu", weights_only=True)
+        return dict(checkpoint.get("state_dict", checkpoint))
+
+    def _load_start(self, pl_module: pl.LightningModule, state: dict[str, Any]) -> None:
         try:
-            pl_module.load_state_dict(checkpoint.get("state_dict", checkpoint))
+            pl_module.load_state_dict(state)
         except RuntimeError as error:
             raise MisconfigurationException(
-                f"MultiPrecisionQAT(start_from={path!r}) needs a checkpoint of this very module in fp32: {error}"
+                f"{type(self).__name__}(start_from={self.start_from!r}) needs a checkpoint of this very module, in "
+                f"fp32 or converted for {self.bits} bits: {error}"
             ) from error
+
+    # What a subclass changes
+
+    def _bits_at(self, trainer: pl.Trainer, bits: int) -> Bits:
+        """Return the bits at which the pass for a precision computes."""
+        return bits
+
+    def _bits_at_rest(self) -> Bits:
+        """Return the bits at which the module is outside of the training step."""
+        return self.bits[0]
+
+    def _evaluated(self) -> dict[str, Bits]:
+        """Return the bits at which accuracy is measured, by the end of the metric's name."""
+        return {f"{b}bit": b for b in self.bits}
 
     def _choose_stepping(self, trainer: pl.Trainer) -> None:
         obstacle = None
@@ -225,17 +257,21 @@ class MultiPrecisionQAT(TrainingStepCallback):
         if obstacle and (self.stepping == "sequential" or (self.stepping is None and self.scaling.needs_gradients)):
             why = "" if self.stepping else f", which alrs={self.alrs!r} needs,"
             raise MisconfigurationException(
-                f"MultiPrecisionQAT: stepping='sequential'{why} steps at each precision of each batch, and this "
+                f"{type(self).__name__}: stepping='sequential'{why} steps at each precision of each batch, and this "
                 f"Trainer has {obstacle}; change that, or use stepping='accumulate' with alrs='eta'"
             )
         if obstacle and self.stepping is None:
             rank_zero_warn(
-                f"MultiPrecisionQAT takes one step for all precisions, since this Trainer has {obstacle}; stepping at "
-                "each precision is usually more accurate. Say stepping='accumulate' to have this without the warning."
+                f"{type(self).__name__} takes one step for all precisions, since this Trainer has {obstacle}; stepping "
+                "at each precision is usually more accurate. Say stepping='accumulate' to have this without the "
+                "warning."
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self._take_scales(trainer, pl_module)
+
+    def _take_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = self._scale_groups(pl_module)
         self._move_to_own_groups(trainer, pl_module, groups)
         if not self._sequential and self.alrs != "frozen":
@@ -250,15 +286,14 @@ class MultiPrecisionQAT(TrainingStepCallback):
                 groups.setdefault(b, []).extend(parameters)
         return groups
 
-    @staticmethod
     def _move_to_own_groups(
-        trainer: pl.Trainer, pl_module: pl.LightningModule, groups: dict[int | None, list[nn.Parameter]]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: dict[int | None, list[nn.Parameter]]
     ) -> None:
         (optimizer,) = trainer.optimizers
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
-                "MultiPrecisionQAT gives the scales a parameter group of their own, which LBFGS does not support; use "
-                "another optimizer"
+                f"{type(self).__name__} gives the scales a parameter group of their own, which LBFGS does not support; "
+                "use another optimizer"
             )
         if any(group.get("name") == "quant_scales" for group in optimizer.param_groups):
             return  # the module keeps one optimizer for several fits
@@ -296,7 +331,10 @@ class MultiPrecisionQAT(TrainingStepCallback):
             handle.remove()
         self._handles = []
         if quantized_layers(pl_module):
-            switch_(pl_module, self.bits[0])
+            self._rest(pl_module)
+
+    def _rest(self, pl_module: pl.LightningModule) -> None:
+        switch_(pl_module, self._bits_at_rest())
 
     # Training
 
@@ -307,13 +345,13 @@ class MultiPrecisionQAT(TrainingStepCallback):
         ids = None
         if self.self_distillation:
             ids, batch = self._soften(trainer, batch)
-        for b in self.bits[:-1]:
+        for b in self._passes[:-1]:
             step_here = partial(self._step_at, b, pl_module, step, batch, batch_idx, ids)
             if self._sequential:
                 self._update(trainer, pl_module, step_here)
             elif (loss := _loss_of(step_here())) is not None:
                 self.backward(loss)
-        output = self._step_at(self.bits[-1], pl_module, step, batch, batch_idx, ids)
+        output = self._step_at(self._passes[-1], pl_module, step, batch, batch_idx, ids)
         loss = _loss_of(output)
         if loss is None or trainer.world_size == 1:
             return output
@@ -325,9 +363,9 @@ class MultiPrecisionQAT(TrainingStepCallback):
     def _step_at(
         self, bits: int, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int, ids: Tensor | None
     ) -> STEP_OUTPUT:
-        self._now = bits
-        switch_(pl_module, bits)
-        remember = ids is not None and bits == self.bits[0]
+        self._now, self._bits_now = bits, self._bits_at(pl_module.trainer, bits)
+        switch_(pl_module, self._bits_now)
+        remember = ids is not None and bits == self._passes[0]
         seen: list[Tensor] = []
 
         def see(output: Any) -> Any:
@@ -337,9 +375,12 @@ class MultiPrecisionQAT(TrainingStepCallback):
 
         restore = tap_forward(pl_module, see) if remember else None
         try:
-            if self._is_initialized(pl_module, bits):
+            # A compiled net would be compiled twice, with the measuring of the scales and without; and once more for
+            # each plan that a single step is taken at.
+            lasting = not isinstance(self._bits_now, Mapping) or self._bits_now == self._bits_at_rest()
+            if lasting and self._is_initialized(pl_module, self._bits_now):
                 output = step(batch, batch_idx)
-            else:  # a compiled net would be compiled twice, with the measuring of the scales and without
+            else:
                 with torch.compiler.set_stance("force_eager"):
                     output = step(batch, batch_idx)
         finally:
@@ -381,31 +422,37 @@ class MultiPrecisionQAT(TrainingStepCallback):
                 group["lr"] = self._lambdas[quantized[0] if group["bits"] is None else group["bits"]]
             return
         gradients = [layer.weight_scale.grad for layer in quantized_layers(pl_module).values()]
-        if self._now != FULL_PRECISION:
-            present = [gradient for gradient in gradients if gradient is not None]
-            self._lambdas[self._now] = self.scaling.learning_rate(lr, self._now, present)
+        present = [gradient for gradient in gradients if gradient is not None]
+        in_use = {self._now, *(self._bits_now.values() if isinstance(self._bits_now, Mapping) else ())}
+        for b in in_use - {FULL_PRECISION}:
+            self._lambdas[b] = self.scaling.learning_rate(lr, b, present)
+        # A zero from another process would still be a step of the momentum.
+        idle = idle_parameters(pl_module)
         for group in own:
-            group["lr"] = self._lambdas.get(self._now, lr)
-            if group["bits"] not in (None, self._now):
-                for parameter in group["params"]:
-                    parameter.grad = None  # a zero from another process would still be a step of its momentum
+            group["lr"] = self._lambdas.get(self._now if group["bits"] is None else group["bits"], lr)
+            if group["bits"] is not None and group["bits"] not in in_use:
+                idle += group["params"]
+        for parameter in idle:
+            parameter.grad = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         clamp_scales_(pl_module)
-        switch_(pl_module, self.bits[0])
+        self._rest(pl_module)
 
     def _weigh_gradient(self, grad: Tensor) -> Tensor:
         return grad * self.scaling.factor(self._now) if self._now != FULL_PRECISION else grad
 
     @staticmethod
-    def _is_initialized(pl_module: pl.LightningModule, bits: int) -> bool:
-        return all(
-            module.is_ready(bits)
-            for module in pl_module.modules()
-            if isinstance(module, InputQuantizer) and bits in module.bits
-        )
+    def _is_initialized(pl_module: pl.LightningModule, bits: Bits) -> bool:
+        for name, layer in quantized_layers(pl_module).items():
+            b = bits[name] if isinstance(bits, Mapping) else bits
+            quantizer = layer.input_quantizer
+            if quantizer is not None and b in quantizer.bits and not quantizer.is_ready(b):
+                return False
+        residual = [module for module in pl_module.modules() if isinstance(module, ResidualQuantizer)]
+        return bits == FULL_PRECISION or all(quantizer.is_ready(quantizer.BITS) for quantizer in residual)
 
     # Self-distillation
 
@@ -509,7 +556,8 @@ class MultiPrecisionQAT(TrainingStepCallback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.evaluate and trainer.loggers:
-            log_figure(trainer, "test/accuracy_over_bits", accuracy_figure(self._last_accuracies))
+            accuracies = {b: self._last_accuracies[f"{b}bit"] for b in self.bits}
+            log_figure(trainer, "test/accuracy_over_bits", accuracy_figure(accuracies))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.loggers:
@@ -520,44 +568,51 @@ class MultiPrecisionQAT(TrainingStepCallback):
 
     def _start_evaluation(self, pl_module: pl.LightningModule) -> None:
         if self.evaluate:
-            self._correct = {b: MeanMetric(nan_strategy="disable").to(pl_module.device) for b in self.bits}
+            self._correct = {
+                name: MeanMetric(nan_strategy="disable").to(pl_module.device) for name in self._evaluated()
+            }
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.evaluate:
             return
         inputs, targets = self.batch_fn(batch)
-        for b in self.bits:
-            switch_(pl_module, b)
-            handles = self._watch_clipping(pl_module, b) if batch_idx == 0 else []
+        for name, bits in self._evaluated().items():
+            switch_(pl_module, bits)
+            handles = self._watch_clipping(pl_module, bits) if batch_idx == 0 else []
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 logits = self.logits_fn(pl_module, inputs)
             for handle in handles:
                 handle.remove()
             if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.is_floating_point():
                 raise MisconfigurationException(
-                    f"MultiPrecisionQAT measures accuracy from logits (N, C) and integer targets (N,), found "
+                    f"{type(self).__name__} measures accuracy from logits (N, C) and integer targets (N,), found "
                     f"{tuple(logits.shape)} and {tuple(targets.shape)} {targets.dtype}; pass evaluate=False, or "
                     "batch_fn and logits_fn that give those"
                 )
-            self._correct[b].update((logits.argmax(1) == targets).float())
-        switch_(pl_module, self.bits[0])
+            self._correct[name].update((logits.argmax(1) == targets).float())
+        self._rest(pl_module)
 
-    def _watch_clipping(self, pl_module: pl.LightningModule, bits: int) -> list[RemovableHandle]:
+    def _watch_clipping(self, pl_module: pl.LightningModule, bits: Bits) -> list[RemovableHandle]:
         def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(layer: Any, args: tuple[Any, ...]) -> None:
                 if layer.quantizes_input():
                     share = layer.input_quantizer.clipped_share(args[0], layer.num_bits)
-                    self._clipped.setdefault(name, {})[bits] = share
+                    b = bits[name] if isinstance(bits, Mapping) else bits
+                    self._clipped.setdefault(name, {})[b] = share
 
             return hook
 
         return [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized_layers(pl_module).items()]
 
     def _accuracies(self, stage: str) -> dict[str, Tensor]:
-        values = {b: metric.compute() for b, metric in self._correct.items()}
-        self._last_accuracies = {b: float(value) for b, value in values.items()}
-        metrics = {f"{stage}/acc_{b}bit": value for b, value in values.items()}
-        return metrics | {f"{stage}/acc_bits_mean": torch.stack(list(values.values())).mean()}
+        metrics = self._each_accuracy(stage)
+        uniform = [metrics[f"{stage}/acc_{b}bit"] for b in self.bits]
+        return metrics | {f"{stage}/acc_bits_mean": torch.stack(uniform).mean()}
+
+    def _each_accuracy(self, stage: str) -> dict[str, Tensor]:
+        values = {name: metric.compute() for name, metric in self._correct.items()}
+        self._last_accuracies = {name: float(value) for name, value in values.items()}
+        return {f"{stage}/acc_{name}": value for name, value in values.items()}
 
     def _scale_metrics(self, pl_module: pl.LightningModule) -> dict[str, float | Tensor]:
         layers = quantized_layers(pl_module).values()

@@ -14,7 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_plugins.quantization.graph import ResidualSums, normalized_layers, residual_sums
+from lightning_plugins.quantization.graph import (
+    ResidualSums,
+    _adds,
+    _calls,
+    _graphs,
+    normalized_layers,
+    residual_sums,
+)
 from lightning_plugins.quantization.layers import (
     FULL_PRECISION,
     InputInit,
@@ -36,11 +43,12 @@ __all__ = [
     "load_converted",
     "quantized_layers",
     "restore_",
+    "shortcut_layers",
     "switch_",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
-BatchNorms = Literal["per_precision", "shared"]
+BatchNorms = Literal["per_precision", "shared", "transitional"]
 
 _QUANTIZED: dict[type[nn.Module], type[_QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
@@ -53,7 +61,7 @@ _QUANTIZED: dict[type[nn.Module], type[_QuantLayer]] = {
 SPEC_KEY = (
     "made by lightning_plugins.quantization.convert_: load this with "
     "lightning_plugins.quantization.load_converted(model, checkpoint), "
-    "or give the Trainer the MultiPrecisionQAT callback that made it"
+    "or give the Trainer the callback that made it"
 )
 
 
@@ -91,7 +99,9 @@ def convert_(
         quantize_inputs: quantize what goes into the layers too.
         input_init: how input scales start; see :class:`.InputQuantizer`.
         scale_grad: gradient of the weight scales; see :func:`.double_rounding`.
-        batch_norm: one for each precision, or ``"shared"`` as it is.
+        batch_norm: one for each precision, ``"transitional"`` for one for each pair of the bits of the layer before, in
+            the order of the layers, and the bits of the layer itself (see :class:`.MultiPrecisionBatchNorm`), or
+            ``"shared"`` as it is.
         quantize_residual: also quantize what enters residual sums to 8 bits, which integer runtimes need to be fast.
 
     Returns:
@@ -153,13 +163,18 @@ def convert_(
             "shared_input_bits": ResidualQuantizer.BITS if name in shared else 0,
         }
     norms: dict[str, str | None] = {}
-    if batch_norm == "per_precision":
+    transitions: dict[str, str] = {}
+    if batch_norm != "shared":
         follows = normalized_layers(model)
         norms = {name: follows.get(name) for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if batch_norm == "transitional":
+        before = _previous_layers(list(layers), shortcut_layers(model))
+        transitions = {norm: before[layer] for norm, layer in norms.items() if layer is not None and layer in before}
     spec = {
         "bits": list(precisions),
         "layers": layers,
         "norms": norms,
+        "transitions": transitions,
         "residual": {"inputs": list(sums.inputs), "outputs": list(sums.outputs), "init": input_init},
     }
     apply_spec_(model, spec)
@@ -175,7 +190,8 @@ def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
         model: converted by :func:`convert_`, or read by :func:`.load_packed`.
         bits: one of its precisions for all layers (a layer with a larger least precision takes that one), or a
             :class:`.BitPlan` with an entry for each quantized layer. Under a plan a batch normalisation goes with the
-            layer that it follows; one that follows none takes the highest precision below 32.
+            layer that it follows, a transitional one also with the layer before; one that follows none takes the
+            highest precision below 32.
 
     Returns:
         The same model.
@@ -210,8 +226,9 @@ def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
     highest = FULL_PRECISION if full else max(b for b in precisions if b != FULL_PRECISION)
     for module in model.modules():
         if isinstance(module, MultiPrecisionBatchNorm):
-            wanted = plan.get(module.follows or "", highest) if isinstance(bits, Mapping) else bits
-            module.num_bits = wanted if wanted in module.bits else highest
+            for attribute, layer_name in {"num_bits": module.follows, "previous_bits": module.previous}.items():
+                wanted = plan.get(layer_name or "", highest) if isinstance(bits, Mapping) else bits
+                setattr(module, attribute, wanted if wanted in module.bits else highest)
         elif isinstance(module, ResidualQuantizer):
             module.num_bits = FULL_PRECISION if full else module.BITS
     return model
@@ -227,7 +244,7 @@ def restore_(model: Model) -> Model:
             cls = _class_with_parametrizations(module, _float_class_of(type(module)))
             module.__class__ = cls  # type: ignore[assignment]
         elif isinstance(module, MultiPrecisionBatchNorm):
-            _replace(model, name, module.norms[str(module.bits[0])])
+            _replace(model, name, module.norms[module.key(module.bits[0], module.bits[0])])
         if "residual_quantizer" in module._modules:
             ResidualQuantizer.detach_(module)
     for module in model.modules():
@@ -305,11 +322,31 @@ def batch_norm_and_bias_parameters(model: nn.Module) -> dict[int | None, list[nn
     groups: dict[int | None, list[nn.Parameter]] = {None: []}
     for module in model.modules():
         if isinstance(module, MultiPrecisionBatchNorm):
-            for b in module.bits:
-                groups.setdefault(b, []).extend(module.norms[str(b)].parameters())
+            for key, (b, _) in module.keys().items():
+                groups.setdefault(b, []).extend(module.norms[key].parameters())
         elif isinstance(getattr(module, "bias", None), nn.Parameter) and not isinstance(module, _BatchNorm):
             groups[None].append(module.bias)  # type: ignore[arg-type]
     return groups
+
+
+def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the scales and normalisations' parameters that have no part in what a model computes at its bits now."""
+    idle: list[nn.Parameter] = []
+    inputs_at: dict[InputQuantizer, int | None] = {}
+    for layer in quantized_layers(model).values():
+        if layer.num_bits == FULL_PRECISION:
+            idle.append(layer.weight_scale)
+        if layer.input_quantizer is not None:
+            inputs_at[layer.input_quantizer] = layer.num_bits if layer.quantizes_input() else None
+    for module in model.modules():
+        if isinstance(module, MultiPrecisionBatchNorm):
+            active = module.active
+            idle += [p for norm in module.norms.values() if norm is not active for p in norm.parameters()]
+        elif isinstance(module, ResidualQuantizer) and module.num_bits == FULL_PRECISION:
+            idle += module.scales.values()
+    for quantizer, bits in inputs_at.items():
+        idle += [quantizer.scales[str(b)] for b in quantizer.bits if b != bits]
+    return idle
 
 
 @torch.no_grad()
@@ -318,6 +355,48 @@ def clamp_scales_(model: nn.Module) -> None:
     scales: list[torch.Tensor] = [scale for group in scale_parameters(model).values() for scale in group]
     for dtype in {scale.dtype for scale in scales}:
         torch._foreach_clamp_min_([scale for scale in scales if scale.dtype == dtype], smallest_scale(dtype))
+
+
+def shortcut_layers(model: nn.Module) -> dict[str, str]:
+    """Return the convolutions on residual shortcuts, each with the layer that takes its bits' lead.
+
+    A shortcut is a convolution of kernel size 1 whose output reaches a sum through no other convolution or linear
+    layer, and whose input another such layer reads too, from which another one follows on the way to the sum: the first
+    convolution of the block. What ``torch.fx`` cannot trace has none.
+    """
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    found: dict[str, str] = {}
+    for prefix, graph in _graphs(model):
+        for node in graph.nodes:
+            if not _calls(model, prefix, node, (nn.Conv1d, nn.Conv2d)) or not node.args:
+                continue
+            kernel = model.get_submodule(f"{prefix}{node.target}").kernel_size
+            if any(size != 1 for size in kernel) or not _leads_to_sum(model, prefix, node, kinds):  # type: ignore[union-attr]
+                continue
+            readers = [user for user in node.args[0].users if _calls(model, prefix, user, kinds)]
+            leaders = [user for user in readers if not _leads_to_sum(model, prefix, user, kinds)]
+            if leaders:
+                found[f"{prefix}{node.target}"] = f"{prefix}{leaders[0].target}"
+    return found
+
+
+def _leads_to_sum(model: nn.Module, prefix: str, node: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether what a node computes goes into a sum, one user after another, without passing a further layer."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if _adds(node):
+            return True
+        if _calls(model, prefix, node, kinds):
+            return False
+    return False
+
+
+def _previous_layers(names: Sequence[str], shortcuts: Mapping[str, str]) -> dict[str, str]:
+    """Return each layer's predecessor in the order of the layers; a shortcut has that of the layer it goes with."""
+    chain = [name for name in names if shortcuts.get(name) not in names]
+    previous = dict(zip(chain[1:], chain, strict=False))
+    shared = {name: previous[shortcuts[name]] for name in names if name not in chain and shortcuts[name] in previous}
+    return previous | shared
 
 
 def check_precisions(bits: Sequence[int]) -> tuple[int, ...]:
@@ -366,6 +445,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, MultiPrecisionBatchNorm):
             spec["norms"][name] = module.follows
+            if module.previous is not None:
+                spec.setdefault("transitions", {})[name] = module.previous
         if "residual_quantizer" in module._modules:
             quantizer = module.residual_quantizer
             assert isinstance(quantizer, ResidualQuantizer)
@@ -381,8 +462,11 @@ def apply_spec_(model: nn.Module, spec: Mapping[str, Any]) -> None:
     for name in spec["layers"]:
         if _float_class(module := model.get_submodule(name)) is None:
             raise ValueError(f"{name!r} was a convolution or linear layer, here it is a {type(module).__name__}")
+    transitions = spec.get("transitions", {})
     for name, follows in spec["norms"].items():
-        _replace(model, name, MultiPrecisionBatchNorm(model.get_submodule(name), spec["bits"], follows=follows))
+        norm = model.get_submodule(name)
+        many = MultiPrecisionBatchNorm(norm, spec["bits"], follows=follows, previous=transitions.get(name))
+        _replace(model, name, many)
     for name, layer in spec["layers"].items():
         module = model.get_submodule(name)
         float_class = _float_class(module)
@@ -472,7 +556,7 @@ def _check_choices(input_init: str, scale_grad: str, batch_norm: str) -> None:
     choices = {
         "input_init": (input_init, ("percentile", "lsq")),
         "scale_grad": (scale_grad, ("effective", "exact")),
-        "batch_norm": (batch_norm, ("per_precision", "shared")),
+        "batch_norm": (batch_norm, ("per_precision", "shared", "transitional")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -89,7 +89,7 @@ def to_deploy(model: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
     replaced: dict[nn.Module, nn.Module] = {}
     for module in list(copy.modules()):
         if isinstance(module, MultiPrecisionBatchNorm):
-            replaced[module] = module.norms[str(module.num_bits)]
+            replaced[module] = module.active
         elif isinstance(module, _QuantLayer):
             if module.num_bits == FULL_PRECISION:
                 module.remove_quantizers()

@@ -348,39 +348,70 @@ class MultiPrecisionBatchNorm(nn.Module):
     """One batch normalisation for each precision, chosen by ``num_bits``; each starts as a copy of the fp32 one.
 
     A precision's net has its own activations, hence its own statistics; switching without switching them is the classic
-    silent error. A checkpoint of the fp32 net loads: every precision gets its values.
+    silent error. With ``previous`` it is transitional: one for each pair of the bits of the layer before and those of
+    the layer that it follows, chosen by ``previous_bits`` and ``num_bits``, for nets whose layers have bits of their
+    own. A checkpoint of the fp32 net loads: every precision gets its values. A transitional one also takes a checkpoint
+    of one normalisation for each precision: each pair gets the values of the layer's bits.
 
     Args:
         norm: the batch normalisation to multiply.
         bits: the precisions.
         follows: name of the layer whose output it normalises, and nothing else; None if that is not known.
+        previous: name of the quantized layer before that one; None for one normalisation for each precision.
 
     Example:
         >>> norm = MultiPrecisionBatchNorm(nn.BatchNorm2d(3), (8, 4))
         >>> norm.num_bits = 4
         >>> norm(torch.rand(2, 3, 5, 5)).shape
         torch.Size([2, 3, 5, 5])
+        >>> list(MultiPrecisionBatchNorm(nn.BatchNorm2d(3), (8, 4), follows="conv2", previous="conv1").norms)
+        ['8_8', '8_4', '4_8', '4_4']
+
+    Reference:
+        Bulat, Tzimiropoulos, *Bit-Mixer: Mixed-Precision Networks with Runtime Bit-Width Selection*, 2021, for the
+        transitional form.
     """
 
-    def __init__(self, norm: nn.Module, bits: Sequence[int], *, follows: str | None = None) -> None:
+    def __init__(
+        self, norm: nn.Module, bits: Sequence[int], *, follows: str | None = None, previous: str | None = None
+    ) -> None:
         super().__init__()
-        self.follows = follows
+        self.follows, self.previous = follows, previous
         self.bits = tuple(sorted(bits, reverse=True))
-        self.num_bits = self.bits[0]
-        self.norms = nn.ModuleDict({str(b): deepcopy(norm) for b in self.bits})
+        self.num_bits = self.previous_bits = self.bits[0]
+        self.norms = nn.ModuleDict({key: deepcopy(norm) for key in self.keys()})
         self.training = self.norms.training = norm.training
+
+    def key(self, num_bits: int, previous_bits: int) -> str:
+        """Return the name in ``norms`` of the one for these bits."""
+        return str(num_bits) if self.previous is None else f"{previous_bits}_{num_bits}"
+
+    def keys(self) -> dict[str, tuple[int, int]]:
+        """Return the names in ``norms``, each with the layer's bits and those of the layer before."""
+        before = self.bits if self.previous is not None else self.bits[:1]
+        pairs = [(b, p if self.previous is not None else b) for p in before for b in self.bits]
+        return {self.key(b, p): (b, p) for b, p in pairs}
+
+    @property
+    def active(self) -> nn.Module:
+        """The one in use."""
+        return self.norms[self.key(self.num_bits, self.previous_bits)]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise with the statistics of the precision in use."""
-        output: Tensor = self.norms[str(self.num_bits)](inputs)
+        output: Tensor = self.active(inputs)
         return output
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        names = set(self.norms[str(self.bits[0])].state_dict())
-        for name in names:  # those of the fp32 net's one normalisation
-            if prefix + name in state_dict:
-                value = state_dict.pop(prefix + name)
-                state_dict |= {f"{prefix}norms.{b}.{name}": value for b in self.bits}
+        for name in self.active.state_dict():
+            value = state_dict.pop(prefix + name, None)  # that of the fp32 net's one normalisation
+            for key, (b, _) in self.keys().items():
+                of_bits = value if value is not None else state_dict.get(f"{prefix}norms.{b}.{name}")
+                if of_bits is not None:
+                    state_dict[f"{prefix}norms.{key}.{name}"] = of_bits
+            if self.previous is not None:
+                for b in self.bits:
+                    state_dict.pop(f"{prefix}norms.{b}.{name}", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

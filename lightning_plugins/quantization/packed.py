@@ -243,7 +243,13 @@ def borrowed(model: nn.Module, bits: int | Mapping[str, int] | None = None) -> I
     """Have a converted model in evaluation mode, without gradients, at other bits; give it back as it was."""
     modes = [(module, module.training) for module in model.modules()]
     kinds = (_QuantLayer, MultiPrecisionBatchNorm, ResidualQuantizer)
-    active = [(module, module.num_bits) for module in model.modules() if isinstance(module, kinds)]
+    active = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        if isinstance(module, kinds)
+        for name in ("num_bits", "previous_bits")
+        if hasattr(module, name)
+    ]
     try:
         model.eval()
         if bits is not None:
@@ -253,8 +259,8 @@ def borrowed(model: nn.Module, bits: int | Mapping[str, int] | None = None) -> I
     finally:
         for module, mode in modes:
             module.training = mode
-        for module, value in active:
-            module.num_bits = value
+        for module, name, value in active:
+            setattr(module, name, value)
 
 
 @dataclass(frozen=True)
@@ -299,7 +305,7 @@ def tensor_entries(model: nn.Module, *, alone: bool = False) -> dict[str, Entry]
             )
         if isinstance(module, MultiPrecisionBatchNorm):
             inside |= set(module.norms.modules())
-            norms = [module.norms[str(b)] for b in _kept(module.bits, module.num_bits if alone else None)]
+            norms = [module.active] if alone else _kept_norms(module)
             for key in _tensor_names(norms[0]):
                 entries[f"{prefix}norms.{key}"] = _stacked("batch_norms", [(norm, key) for norm in norms])
             continue
@@ -407,6 +413,10 @@ def _checksum(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], shapes: Ma
 
 def _kept(bits: Sequence[int], only: int | None) -> tuple[int, ...]:
     return tuple(b for b in bits if b != FULL_PRECISION) if only is None else (only,)
+
+
+def _kept_norms(norm: MultiPrecisionBatchNorm) -> list[nn.Module]:
+    return [norm.norms[key] for key, bits in norm.keys().items() if FULL_PRECISION not in bits]
 
 
 def _stacked(kind: Kind, places: list[tuple[nn.Module, str]]) -> Entry:
