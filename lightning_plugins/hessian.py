@@ -12,9 +12,9 @@ ReLUs, poolings, sums, linear layers and batch normalisation in evaluation mode,
 from __future__ import annotations
 
 import math
-import warnings
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

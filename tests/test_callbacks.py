@@ -24,6 +24,7 @@ from lightning_plugins.callbacks import (
     MixedPrecisionQAT,
     MultiPrecisionQAT,
     PostHocCalibration,
+    PostTrainingQuantization,
     RobustnessEvaluation,
     TrainingStepCallback,
 )
@@ -131,6 +132,7 @@ CALLBACKS = {
         changes_structure=True,
     ),
     "PostHocCalibration": Row(PostHocCalibration, needs_validation=True),
+    "PostTrainingQuantization": Row(partial(PostTrainingQuantization, num_samples=16, num_steps=4, batch_size=8)),
     "RobustnessEvaluation": Row(
         partial(RobustnessEvaluation, ATTACK, {"fgsm": FGSMAttack(0.02)}, eps_grid=[0.01], **PIXELS)
     ),

@@ -95,7 +95,7 @@ class BinaryQAT(ConvertsLayers, TrainingStepCallback):
         UserWarning: at the first step, if layers get inputs of one sign only, as behind a ReLU.
 
     Example:
-        >>> from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
+        >>> from lightning_plugins.callbacks import BinaryQAT
         >>> trainer = pl.Trainer(callbacks=[BinaryQAT()], logger=False, enable_checkpointing=False)
 
     Reference:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -18,7 +16,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_plugins.batches import BatchFn, LogitsFn
-from lightning_plugins.callbacks._borrow import borrow_attribute
 from lightning_plugins.callbacks.quantization.multi_precision_qat import Bits, MultiPrecisionQAT
 from lightning_plugins.callbacks.training_step import TrainingStepCallback
 from lightning_plugins.files import write_atomically
@@ -28,6 +25,7 @@ from lightning_plugins.quantization.allocation import Method as Allocator
 from lightning_plugins.quantization.allocation import allocate_bits, pareto_frontier
 from lightning_plugins.quantization.alrs import ScalingRule
 from lightning_plugins.quantization.convert import check_precisions, quantized_layers, switch_
+from lightning_plugins.quantization.copying import copy_network
 from lightning_plugins.quantization.layers import FULL_PRECISION, InputInit
 from lightning_plugins.quantization.packed import save_packed
 from lightning_plugins.quantization.plan import BitPlan
@@ -102,7 +100,7 @@ class BitPlanQAT(MultiPrecisionQAT):
             without a plan.
 
     Example:
-        >>> from lightning_plugins.callbacks.quantization.bit_plan_qat import BitPlanQAT
+        >>> from lightning_plugins.callbacks import BitPlanQAT
         >>> callback = BitPlanQAT(bits=(8, 4), budget=5)
         >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
 
@@ -439,11 +437,10 @@ def score_module(
 ) -> SensitivityTable:
     """Score a converted module's layers on training samples; all processes get the same table."""
     pairs = list(first_pairs(trainer, trainer.train_dataloader, num_samples, seed=seed, batch_fn=batch_fn))
-    restore = borrow_attribute(pl_module, "__deepcopy__", MethodType(_copy_network, pl_module))
     try:
         net: nn.Module = pl_module
         if pl_module.dtype not in (torch.float32, torch.float64):  # too coarse for second derivatives
-            net = deepcopy(pl_module).float()
+            net = copy_network(pl_module).float()
             pairs = [(x.float() if x.is_floating_point() else x, y) for x, y in pairs]
         table = score_layers(net, method, pairs, bits=bits, seed=seed, num_probes=num_probes)
     except torch.OutOfMemoryError:
@@ -452,19 +449,7 @@ def score_module(
         raise MisconfigurationException(
             f"the layers could not be scored by {method!r}: {error}. Scores such as 'loss-increase' need no derivatives"
         ) from error
-    finally:
-        restore()
     return trainer.strategy.broadcast(table)
-
-
-def _copy_network(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy what a module computes with. Its other attributes, which may lead to the Trainer and its loaders, stay."""
-    copied = type(module).__new__(type(module))
-    memo[id(module)] = copied
-    state = dict(module.__getstate__())  # type: ignore[no-untyped-call]
-    state |= {name: deepcopy(state[name], memo) for name in vars(nn.Module()) if name in state}
-    vars(copied).update(state | {"__deepcopy__": MethodType(_copy_network, copied)})
-    return copied
 
 
 def first_pairs(

@@ -104,7 +104,7 @@ class MixedPrecisionQAT(MultiPrecisionQAT):
             module, or a Trainer or module that this cannot work with.
 
     Example:
-        >>> from lightning_plugins.callbacks.quantization.mixed_precision_qat import MixedPrecisionQAT
+        >>> from lightning_plugins.callbacks import MixedPrecisionQAT
         >>> callback = MixedPrecisionQAT((8, 4, 2), warmup_epochs=2)
         >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,7 @@ from lightning_plugins.data.loading import ImageDataset
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_table
 from lightning_plugins.quantization.accounting import cost
+from lightning_plugins.quantization.accuracy_budget import plan_within_accuracy
 from lightning_plugins.quantization.convert import (
     BatchNorms,
     check_precisions,
@@ -35,19 +36,22 @@ from lightning_plugins.quantization.convert import (
     restore_,
     switch_,
 )
+from lightning_plugins.quantization.copying import copy_network
 from lightning_plugins.quantization.layers import FULL_PRECISION
 from lightning_plugins.quantization.packed import _make_plain, save_packed
 from lightning_plugins.quantization.plan import BitPlan
 from lightning_plugins.quantization.post_training import (
     MEMORY_LIMIT,
+    Bits,
     LearningRates,
     Mode,
     Pipeline,
     PostTrainingReport,
     StageResult,
-    copy_network,
     post_training_quantize,
 )
+from lightning_plugins.quantization.scores import Method as Score
+from lightning_plugins.quantization.scores import score_layers
 
 __all__ = ["PostTrainingQuantization"]
 
@@ -80,6 +84,9 @@ class PostTrainingQuantization(pl.Callback):
         bits: the precisions, 2 to 8.
         budget: choose a plan of ``bits`` that costs at most this, in ``unit``; see :func:`.allocate_bits`.
         unit: of the budget.
+        accuracy_ratio: lower as many layers of ``bits`` as leave this share of the full-precision accuracy on the
+            validation data, in (0, 1], such as 0.99; see :func:`.plan_within_accuracy`. In place of plan and budget.
+        score: orders the layers for ``accuracy_ratio``; see :func:`.score_layers`.
         pipeline: ``"full"``, or ``"light"`` without AdaQuant and the tuning of biases.
         mode: of AdaQuant, ``"sequential"`` or ``"parallel"``; see :func:`.adaquant_`.
         num_samples: of the calibration data, at least 2; about one to a class at 1000 classes in the paper.
@@ -106,7 +113,7 @@ class PostTrainingQuantization(pl.Callback):
             not fit; later for data that are no classification, or without training data in ``validate`` and ``test``.
 
     Example:
-        >>> from lightning_plugins.callbacks.quantization.post_training_quantization import PostTrainingQuantization
+        >>> from lightning_plugins.callbacks import PostTrainingQuantization
         >>> quantize = PostTrainingQuantization(bits=(8, 4))
         >>> trainer = pl.Trainer(callbacks=[quantize], logger=False, enable_checkpointing=False)
 
@@ -122,6 +129,8 @@ class PostTrainingQuantization(pl.Callback):
         bits: Sequence[int] = (8, 4),
         budget: float | None = None,
         unit: Literal["average_bits", "average_bits_per_layer", "bytes", "bops"] = "average_bits",
+        accuracy_ratio: float | None = None,
+        score: Score = "pairwise",
         pipeline: Pipeline = "full",
         mode: Mode = "sequential",
         num_samples: int = 1024,
@@ -147,11 +156,18 @@ class PostTrainingQuantization(pl.Callback):
         self.bits = check_precisions(bits)
         if FULL_PRECISION in self.bits:
             raise ValueError(f"bits must be 2 to 8; full precision is always there to compare with, got {tuple(bits)}")
-        if plan is not None and budget is not None:
-            raise ValueError(f"give plan or budget, not both, got plan={plan!r} and budget={budget!r}")
+        given = {"plan": plan, "budget": budget, "accuracy_ratio": accuracy_ratio}
+        if len(chosen := [f"{name}={value!r}" for name, value in given.items() if value is not None]) > 1:
+            raise ValueError(f"give plan, budget or accuracy_ratio, one of them, got {' and '.join(chosen)}")
+        if accuracy_ratio is not None and not (0 < accuracy_ratio <= 1 and len(self.bits) > 1):
+            raise ValueError(
+                f"accuracy_ratio must lie in (0, 1] with at least two bits to choose among, got {accuracy_ratio!r} "
+                f"and bits={tuple(bits)}"
+            )
         if budget is not None and not budget > 0:
             raise ValueError(f"budget must be positive, got {budget!r}")
         choices: dict[str, tuple[object, tuple[str, ...]]] = {
+            "score": (score, get_args(Score)),
             "unit": (unit, ("average_bits", "average_bits_per_layer", "bytes", "bops")),
             "pipeline": (pipeline, ("full", "light")),
             "mode": (mode, ("parallel", "sequential")),
@@ -163,6 +179,7 @@ class PostTrainingQuantization(pl.Callback):
         for name, (number, least) in limits.items():
             if number < least:
                 raise ValueError(f"{name} must be at least {least}, got {number!r}")
+        self.accuracy_ratio, self.score = accuracy_ratio, score
         self.budget, self.unit, self.pipeline, self.mode = budget, unit, pipeline, mode
         self.num_samples, self.num_steps, self.batch_size = num_samples, num_steps, batch_size
         self.learning_rates, self.seed, self.memory_limit = learning_rates, seed, memory_limit
@@ -321,7 +338,9 @@ class PostTrainingQuantization(pl.Callback):
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, training: Any, validation: Any) -> None:
         quick = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         count = min(self.num_samples, _ROWS) if quick else self.num_samples
-        plan = self._plan if self._plan is not None else (None if self.budget is not None else min(self.bits))
+        plan: Bits | None = self._plan
+        if plan is None and self.budget is None:
+            plan = min(self.bits)
         # Tensors made under the inference mode of an evaluation cannot take part in a fit.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(pl_module.device.type, enabled=False):
             module = self._converted_copy(pl_module)
@@ -330,6 +349,8 @@ class PostTrainingQuantization(pl.Callback):
             if validation is not None and validation != []:  # our data modules return [] without a split
                 held_out = self._batches(trainer, module, CombinedLoader(validation).flattened[0], count)
             try:
+                if self.accuracy_ratio is not None:
+                    plan = self._within_accuracy(trainer, module, batches, held_out)
                 report = post_training_quantize(
                     module,
                     batches,
@@ -357,6 +378,32 @@ class PostTrainingQuantization(pl.Callback):
         self._quantized, self._made_from, self.report = module, _fingerprint(pl_module), report
         self._saved = {}
         self._log_report(trainer)
+
+    def _within_accuracy(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        batches: list[tuple[Tensor, Tensor]],
+        held_out: list[tuple[Tensor, Tensor]] | None,
+    ) -> BitPlan:
+        """Return the plan with as few bits as the accuracy allows, and show how it was found."""
+        assert self.accuracy_ratio is not None
+        table = score_layers(module, self.score, batches, seed=self.seed)
+        result = plan_within_accuracy(
+            module,
+            table,
+            batches,
+            ratio=self.accuracy_ratio,
+            evaluation=held_out,
+            forward=self.logits_fn,  # type: ignore[arg-type]
+        )
+        if trainer.loggers:
+            log_figure(trainer, "quantization/sensitivity", table.figure())
+            columns = ["evaluation", "bits", "layers_lowered", "accuracy", "feasible"]
+            rows = [[k, e.bits, e.num_lowered, e.metric, e.feasible] for k, e in enumerate(result.history)]
+            log_table(trainer, "quantization/bisection", columns, rows)
+        plan: BitPlan = trainer.strategy.broadcast(result.plan)
+        return plan
 
     def _batches(
         self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any, count: int

@@ -123,6 +123,7 @@ class RobustnessEvaluation(pl.Callback):
         self._stage = "val"
         self._attacks: dict[str, Attack] = {}
         self._metrics: dict[str, tuple[RobustAccuracy, RobustAccuracy]] = {}
+        self._radii: tuple[float, ...] = ()
         self._grid: dict[float, RobustAccuracy] = {}
         self._seen = 0
         self._pictures: tuple[Tensor, Tensor, list[str]] | None = None
@@ -197,7 +198,7 @@ class RobustnessEvaluation(pl.Callback):
     def _start(self, stage: str, attacks: dict[str, Attack], grid: Sequence[float]) -> None:
         self._stage, self._attacks = stage, attacks
         self._metrics, self._seen, self._pictures = {}, 0, None
-        self._grid = dict.fromkeys(grid)  # type: ignore[arg-type]
+        self._radii, self._grid = tuple(grid), {}
 
     def _attack(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, limit: int | None
@@ -280,7 +281,7 @@ class RobustnessEvaluation(pl.Callback):
             return RobustAccuracy(count, average=average).to(logits.device)
 
         self._metrics = {name: (make("micro"), make("none")) for name in ("clean", "all", *self._attacks)}
-        self._grid = {eps: make("micro") for eps in self._grid}
+        self._grid = {eps: make("micro") for eps in self._radii}
 
     def _update(self, name: str, clean: Tensor, attacked: Tensor, targets: Tensor) -> None:
         for metric in self._metrics[name]:

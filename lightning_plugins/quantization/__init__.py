@@ -1,6 +1,7 @@
-"""Quantization: one network at every precision."""
+"""Quantization: one network at every precision, the right bits for every layer, and one bit for all."""
 
 from lightning_plugins.quantization.accounting import Cost, cost
+from lightning_plugins.quantization.accuracy_budget import plan_within_accuracy
 from lightning_plugins.quantization.allocation import (
     Frontier,
     allocate_bits,
@@ -55,6 +56,16 @@ from lightning_plugins.quantization.layers import (
 from lightning_plugins.quantization.onnx import export_onnx
 from lightning_plugins.quantization.packed import load_packed, save_packed
 from lightning_plugins.quantization.plan import BitPlan
+from lightning_plugins.quantization.post_training import (
+    LearningRates,
+    PostTrainingReport,
+    StageResult,
+    adaquant_,
+    calibrate_scales_,
+    post_training_quantize,
+    reestimate_batch_norms_,
+    tune_biases_,
+)
 from lightning_plugins.quantization.quantizers import (
     double_rounding,
     fake_quantize,
@@ -64,7 +75,15 @@ from lightning_plugins.quantization.quantizers import (
 from lightning_plugins.quantization.scores import evaluate_plan, inverted, score_layers
 from lightning_plugins.quantization.self_distillation import ProgressiveSelfDistillation
 from lightning_plugins.quantization.sensitivity import LayerSensitivity, SensitivityTable
-from lightning_plugins.quantization.supernet import PlanSearch, search_plans
+from lightning_plugins.quantization.supernet import (
+    EvaluatedPlan,
+    PlanSearch,
+    draw_bits,
+    search_plans,
+    sensitive_layers,
+    tied_layers,
+    weigh_perturbations,
+)
 
 __all__ = [
     "AdaptiveLearningRateScaling",
@@ -74,28 +93,35 @@ __all__ = [
     "BisectionResult",
     "BitPlan",
     "Cost",
+    "EvaluatedPlan",
     "Frontier",
     "InputQuantizer",
     "LayerSensitivity",
+    "LearningRates",
     "MultiPrecisionBatchNorm",
     "PlanSearch",
+    "PostTrainingReport",
     "ProgressiveSelfDistillation",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
     "ResidualQuantizer",
     "SensitivityTable",
+    "StageResult",
     "active_plan",
+    "adaquant_",
     "allocate_bits",
     "binary_activation",
     "binary_layers",
     "bisect_bits",
+    "calibrate_scales_",
     "clamp_scales_",
     "convert_",
     "convert_binary_",
     "cost",
     "diverse_plans",
     "double_rounding",
+    "draw_bits",
     "evaluate_plan",
     "export_binary_onnx",
     "export_onnx",
@@ -111,10 +137,13 @@ __all__ = [
     "periodic_binary",
     "periodic_regularizer",
     "plan_cost",
+    "plan_within_accuracy",
+    "post_training_quantize",
     "predicted_loss",
     "quantization_error",
     "quantize_codes",
     "quantized_layers",
+    "reestimate_batch_norms_",
     "restore_",
     "restore_binary_",
     "save_binary",
@@ -122,11 +151,15 @@ __all__ = [
     "save_packed",
     "score_layers",
     "search_plans",
+    "sensitive_layers",
     "set_frequency_",
     "set_stage_",
     "sign_ste",
     "switch_",
     "switch_codes",
+    "tied_layers",
     "to_deploy",
     "to_deploy_binary",
+    "tune_biases_",
+    "weigh_perturbations",
 ]

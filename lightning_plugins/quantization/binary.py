@@ -22,7 +22,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plugins.files import write_atomically
 from lightning_plugins.quantization.convert import Model, _class_with_parametrizations, _matches, _no_fast_path
-from lightning_plugins.quantization.deploy import _independent_copy, _make_weights_permanent, _onnx
+from lightning_plugins.quantization.copying import copy_network
+from lightning_plugins.quantization.deploy import _make_weights_permanent, _onnx
 from lightning_plugins.quantization.onnx import _onnx_bytes, _verify
 from lightning_plugins.quantization.packed import _checksum, _make_plain
 from lightning_plugins.quantization.quantizers import _in_float
@@ -679,7 +680,7 @@ def to_deploy_binary(model: Model) -> Model:
                 f"layer {name!r} is in stage 1, where weights are real; train stage 2, or set_stage_(model, 2) to take "
                 "the signs as they are"
             )
-    copy: Model = _independent_copy(model)  # type: ignore[assignment]
+    copy = copy_network(model)
     copy.eval().requires_grad_(False)
     _make_weights_permanent(copy)
     for name, layer in binary_layers(copy).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,7 @@ from lightning_plugins.quantization.convert import (
     quantized_layers,
     switch_,
 )
+from lightning_plugins.quantization.copying import copy_network
 from lightning_plugins.quantization.graph import normalized_layers
 from lightning_plugins.quantization.layers import (
     FULL_PRECISION,
@@ -73,7 +73,7 @@ def to_deploy(model: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
         >>> deployed[2].codes.dtype, torch.allclose(deployed(x), net.eval()(x))
         (torch.int8, True)
     """
-    copy = _independent_copy(model).eval().requires_grad_(False)
+    copy = copy_network(model).eval().requires_grad_(False)
     switch_(copy, bits)
     _check_ready(copy)
     _make_weights_permanent(copy)
@@ -280,17 +280,6 @@ class DeployLinear(_DeployLayer):
                 f"{tuple(inputs.shape)}; put an nn.Identity between the two in the model before convert_"
             )
         return F.linear(self.quantized(inputs), self.weight, self.bias)
-
-
-def _independent_copy(model: nn.Module) -> nn.Module:
-    # A pruned layer's weight is no leaf of the graph, and torch refuses to copy such tensors.
-    results = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    return deepcopy(model, {id(value): value.detach().clone() for value in results})
 
 
 def _check_ready(model: nn.Module) -> None:

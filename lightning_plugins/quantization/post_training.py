@@ -37,6 +37,7 @@ from lightning_plugins.quantization.convert import (
     quantized_layers,
     switch_,
 )
+from lightning_plugins.quantization.copying import copy_network
 from lightning_plugins.quantization.graph import _LAYERS, _calls, _graphs
 from lightning_plugins.quantization.layers import (
     FULL_PRECISION,
@@ -1007,24 +1008,6 @@ def _execution_order(model: nn.Module, batches: Sequence[Any], run: Forward) -> 
 
 
 # Parts of a converted model
-
-
-def copy_network(model: Model) -> Model:
-    """Copy a module's layers, also in the middle of a run.
-
-    What a module holds beside its layers, such as a callable that makes its optimizer, may lead to a Trainer and its
-    running data loaders, which cannot be copied: it is shared.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # a weight that pruning made
-                memo[id(value)] = value.detach().clone()
-    plain = vars(nn.Module())
-    for name, value in vars(model).items():
-        if name not in plain and not isinstance(value, Tensor):
-            memo[id(value)] = value
-    return deepcopy(model, memo)
 
 
 def _reference(model: Model) -> Model:

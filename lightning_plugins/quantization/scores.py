@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -27,6 +26,7 @@ from lightning_plugins.quantization.convert import (
     restore_,
     switch_,
 )
+from lightning_plugins.quantization.copying import copy_network
 from lightning_plugins.quantization.layer_order import find_blocks, input_modification, keeps_shape, weight_tails
 from lightning_plugins.quantization.layers import FULL_PRECISION, InputQuantizer
 from lightning_plugins.quantization.packed import borrowed
@@ -375,16 +375,13 @@ def _prepare(
     own = quantized_layers(model)
     if any(layer.codes is not None for layer in own.values()):
         raise ValueError("a model that was read from a packed file has no fp32 weights; score the one it was made from")
-    # What pruning and the like compute from other parameters is no leaf, which deepcopy refuses.
-    computed = [value for module in model.modules() for value in vars(module).values() if _is_computed(value)]
-    copied = deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    copied = _without_parametrizations(copied).eval()
+    copied = _without_parametrizations(copy_network(model)).eval()
     if own:
         defaults = score_layers.__kwdefaults__ or {}
         changed = [name for name, value in selection.items() if value != defaults[name]]
         if changed:
             raise ValueError(f"the model is converted already, so {' and '.join(changed)} cannot apply; leave them out")
-        converted, plain = copied, restore_(deepcopy(copied))
+        converted, plain = copied, restore_(copy_network(copied))
         available = [b for b in model_precisions(model) if b != FULL_PRECISION]
         wanted = tuple(available) if bits is None else check_precisions(bits)
         if unknown := [b for b in wanted if b not in available]:
@@ -392,7 +389,7 @@ def _prepare(
     else:
         wanted = check_precisions((8, 4) if bits is None else bits)
         plain = copied
-        converted = convert_(deepcopy(plain), (*wanted, FULL_PRECISION), batch_norm="shared", **selection).eval()
+        converted = convert_(copy_network(plain), (*wanted, FULL_PRECISION), batch_norm="shared", **selection).eval()
     candidates = {
         name: tuple(sorted({min(b for b in layer.bits if b >= w) for w in wanted}, reverse=True))
         for name, layer in quantized_layers(converted).items()
@@ -404,10 +401,6 @@ def _prepare(
     if batches is not None and not kept:
         raise ValueError("batches is empty; an iterator that was read before has nothing left, pass a new one")
     return _Net(plain, converted, candidates, kept, loss_fn)
-
-
-def _is_computed(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def _without_parametrizations(model: nn.Module) -> nn.Module:

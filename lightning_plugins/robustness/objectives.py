@@ -113,7 +113,6 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-
 class PGDAT(Objective):
     """Cross-entropy on the attacked inputs.
 

@@ -242,9 +242,7 @@ def test_taet_second_stage_equals_a_loop(net, batch):
     present = loss_of(objective, net, only_one)
     objective.present_only = False
     assert present > loss_of(objective, net, only_one) - 0.1
-    assert present == pytest.approx(
-        0.1 * float(losses[:3].mean()) + 0.1, abs=1e-6
-    )
+    assert present == pytest.approx(0.1 * float(losses[:3].mean()) + 0.1, abs=1e-6)
 
 
 def test_robal_without_its_parts_is_scaled_cross_entropy(batch):

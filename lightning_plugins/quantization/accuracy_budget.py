@@ -1,0 +1,97 @@
+"""As few bits as an accuracy allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.quantization.bisection import BisectionResult, bisect_bits
+from lightning_plugins.quantization.convert import model_precisions, quantized_layers, switch_
+from lightning_plugins.quantization.layers import FULL_PRECISION
+from lightning_plugins.quantization.packed import borrowed
+from lightning_plugins.quantization.plan import BitPlan
+from lightning_plugins.quantization.post_training import Forward, calibrate_scales_
+from lightning_plugins.quantization.sensitivity import SensitivityTable
+
+__all__ = ["plan_within_accuracy"]
+
+
+def plan_within_accuracy(
+    model: nn.Module,
+    table: SensitivityTable,
+    batches: Iterable[Any],
+    *,
+    ratio: float,
+    evaluation: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+) -> BisectionResult:
+    """Lower the bits of as many layers as leave a share of the full-precision accuracy.
+
+    Layers are lowered in the order of a score, the least important first, and how many of them is found by bisection:
+    each trial sets the scales for its plan from the calibration data and classifies the evaluation data.
+
+    Args:
+        model: trained, converted by ``convert_(model, (*bits, 32))``. Its scales are left as the last trial set them;
+            weights and the bits in use stay.
+        table: of any score, for exactly the model's quantized layers.
+        batches: calibration data, ``(inputs, ...)``.
+        ratio: share of the full-precision accuracy that must be left, in (0, 1], such as 0.99.
+        evaluation: batches of inputs and classes to measure accuracy on; default ``batches``, which flatters. What is
+            found holds for these samples: keep others to report.
+        forward: takes the model and inputs, returns logits ``(N, C)``; default ``model(inputs)``.
+
+    Returns:
+        The plan, its accuracy and standard error on the evaluation data, and all trials.
+
+    Raises:
+        ValueError: for a ratio out of range, a table of other layers, or if all layers at their highest precision are
+            not accurate enough.
+
+    Example:
+        >>> from lightning_plugins.quantization import convert_, score_layers
+        >>> rng = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> inputs = torch.rand(20, 4)
+        >>> batches = [(inputs, net(inputs).argmax(1))]
+        >>> net = convert_(net, (8, 4, 32), first_last_bits=4)
+        >>> result = plan_within_accuracy(net, score_layers(net, "zd"), batches, ratio=0.9)
+        >>> result.metric >= 0.9
+        True
+
+    Reference:
+        Schaefer et al., *Augmenting Hessians with Inter-Layer Dependencies for Mixed-Precision Post-Training
+        Quantization*, 2023, for bisection under an accuracy target.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must lie in (0, 1], got {ratio!r}")
+    layers = quantized_layers(model)
+    if table.layers.keys() != layers.keys():
+        raise ValueError(
+            "the table must be one of the model's quantized layers; missing: "
+            f"{sorted(layers.keys() - table.layers.keys())}, not in the model: {sorted(table.layers.keys() - layers)}"
+        )
+    bits = [b for b in model_precisions(model) if b != FULL_PRECISION]
+    if len(bits) < 2:
+        raise ValueError(f"there is nothing to choose among with {bits} bits alone; convert the model for more")
+    calibration = list(batches)
+    samples = calibration if evaluation is None else list(evaluation)
+    run = forward or (lambda net, inputs: net(inputs))
+
+    @torch.no_grad()
+    def outcomes() -> Tensor:
+        device = next(model.parameters()).device
+        right = [run(model, inputs.to(device)).argmax(1) == targets.to(device) for inputs, targets, *_ in samples]
+        return torch.cat(right).double()
+
+    def evaluate(plan: BitPlan) -> Tensor:
+        calibrate_scales_(model, calibration, plan, forward=forward)
+        switch_(model, plan)
+        return outcomes()
+
+    with borrowed(model, FULL_PRECISION):
+        baseline = outcomes()
+        candidates = {name: [b for b in layer.bits if b != FULL_PRECISION] for name, layer in layers.items()}
+        return bisect_bits(table.order(), evaluate, bits=bits, ratio=ratio, baseline=baseline, candidates=candidates)
