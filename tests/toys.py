@@ -74,6 +74,52 @@ class TinyModule(pl.LightningModule):
         return self.loader(toy_data(32, seed=3))
 
 
+class TinyImages(pl.LightningModule):
+    """A user's module on images in [0, 1], with batch normalisation and dropout; class 2 is rare."""
+
+    def __init__(self, *, accumulate: int = 1, normalized: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(64, 3)
+            )
+        self.normalized, self.batch_size = normalized, 8 // accumulate
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    def dataset(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(1)
+        labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2]).repeat(4)
+        images = torch.rand(32, 1, 6, 6, generator=generator)
+        images[torch.arange(32), 0, labels, labels] = 1.0
+        if self.normalized:
+            images = (images - 0.5) / 0.25
+        data = TensorDataset(images, labels)
+        data.targets = labels
+        return data
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.dataset(), batch_size=self.batch_size)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
 class DictImages(Dataset[dict[str, Any]]):
     """What many users have: a data set of dictionaries."""
 

@@ -47,7 +47,7 @@ class RobustnessEvaluation(pl.Callback):
             defaults take. False for no attack in validation.
         test_attacks: by name; default ``{"pgd20": PGDAttack(num_steps=20), "apgd_t": APGDAttack()}``. Empty for none.
         num_val_samples: samples attacked in validation, by each process; None for all.
-        every_n_epochs: attack in every n-th validation of a fit; in between, the last values are logged again.
+        every_n_epochs: attack in the first and every n-th epoch of a fit; in between, the last values are logged again.
         eps_grid: radii at which accuracy is measured in test, on the first ``num_val_samples`` and by PGD of 20 steps;
             default six from 0 to twice the attack's. Empty for none.
         tail: classes that count as tail; default the rarer half of the training set.
@@ -137,7 +137,7 @@ class RobustnessEvaluation(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         skip = trainer.sanity_checking or (
-            trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs != 0
+            trainer.state.fn == "fit" and trainer.current_epoch % self.every_n_epochs != 0
         )
         attacks = {"": self.val_attack} if isinstance(self.val_attack, Attack) and not skip else {}
         self._start("val", attacks, ())

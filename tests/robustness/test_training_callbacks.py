@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_plugins.callbacks import (
     AdversarialTraining,
@@ -25,55 +24,9 @@ from lightning_plugins.robustness import (
     balanced_softmax_loss,
     pgd,
 )
-from toys import assert_same_weights, make_trainer, weights
+from toys import TinyImages, assert_same_weights, make_trainer, weights
 
 ATTACK = PGDAttack(eps=0.1, num_steps=3)
-
-
-class Images(pl.LightningModule):
-    """A user's module on images in [0, 1], with batch normalisation and dropout; class 2 is rare."""
-
-    def __init__(self, *, accumulate: int = 1, normalized: bool = False, dropout: float = 0.0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = nn.Sequential(
-                nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(64, 3)
-            )
-        self.normalized, self.batch_size = normalized, 8 // accumulate
-
-    def forward(self, images):
-        return self.net(images)
-
-    def training_step(self, batch, batch_idx):
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-    def dataset(self):
-        generator = torch.Generator().manual_seed(1)
-        labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2]).repeat(4)
-        images = torch.rand(32, 1, 6, 6, generator=generator)
-        images[torch.arange(32), 0, labels, labels] = 1.0
-        if self.normalized:
-            images = (images - 0.5) / 0.25
-        data = TensorDataset(images, labels)
-        data.targets = labels
-        return data
-
-    def train_dataloader(self):
-        return DataLoader(self.dataset(), batch_size=self.batch_size)
-
-    val_dataloader = test_dataloader = train_dataloader
 
 
 def fit(folder, module, *callbacks, epochs=2, **arguments):
@@ -84,9 +37,9 @@ def fit(folder, module, *callbacks, epochs=2, **arguments):
 
 def test_plain_training_on_attacked_batches_equals_a_loop(tmp_path):
     callback = AdversarialTraining(ATTACK, seed=3)
-    module = Images()
+    module = TinyImages()
     fit(tmp_path, module, callback, limit_val_batches=0)
-    twin = Images()
+    twin = TinyImages()
     optimizer = twin.configure_optimizers()
     step = 0
     for _ in range(2):
@@ -106,7 +59,7 @@ def test_plain_training_on_attacked_batches_equals_a_loop(tmp_path):
 def test_an_objective_replaces_the_loss_and_the_step_still_logs(tmp_path):
     trained = {}
     for objective in (None, PGDAT()):
-        module = Images()
+        module = TinyImages()
         trainer = fit(tmp_path, module, AdversarialTraining(ATTACK, objective))
         trained[objective] = weights(module)
         assert "train_loss" in trainer.callback_metrics
@@ -119,16 +72,16 @@ def test_an_objective_replaces_the_loss_and_the_step_still_logs(tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_gradients_of_the_attack_stay_out_of_the_weights(tmp_path, accumulate):
     # An attack that leaves the images as they are must leave the training as it is.
-    module = Images(accumulate=accumulate)
+    module = TinyImages(accumulate=accumulate)
     fit(tmp_path, module, AdversarialTraining(PGDAttack(eps=0.0)), accumulate_grad_batches=accumulate)
-    plain = Images(accumulate=accumulate)
+    plain = TinyImages(accumulate=accumulate)
     fit(tmp_path, plain, accumulate_grad_batches=accumulate)
     assert_same_weights(module, weights(plain))
 
 
 def test_modes_and_statistics_are_as_promised(tmp_path):
     def buffers_after(mode):
-        module = Images(dropout=0.5)
+        module = TinyImages(dropout=0.5)
         torch.manual_seed(0)
         module.net[1].eval()  # frozen by the user
         seen = []
@@ -144,14 +97,14 @@ def test_modes_and_statistics_are_as_promised(tmp_path):
     assert seen[:4] == [True] * 4
     counts = {}
     for mode in ("eval", "train_frozen_stats", "train"):
-        module = Images()
+        module = TinyImages()
         fit(tmp_path, module, AdversarialTraining(ATTACK, attack_mode=mode), epochs=1, limit_val_batches=0)
         counts[mode] = int(module.net[1].num_batches_tracked)
     assert counts == {"eval": 4, "train_frozen_stats": 4, "train": 4 * 5}
 
 
 def test_normalized_data_are_attacked_on_the_pixel_scale(tmp_path):
-    class Watch(Images):
+    class Watch(TinyImages):
         def training_step(self, batch, batch_idx):
             clean = self.dataset().tensors[0][batch_idx * 8 : batch_idx * 8 + 8]
             self.largest = max(getattr(self, "largest", 0.0), float((batch[0] - clean).abs().max()))
@@ -163,7 +116,7 @@ def test_normalized_data_are_attacked_on_the_pixel_scale(tmp_path):
     fit(tmp_path, module, AdversarialTraining(ATTACK, mean=[0.5], std=[0.25]), epochs=1)
     assert module.largest == pytest.approx(0.1 / 0.25, abs=1e-5)
     with pytest.raises(MisconfigurationException, match="could not attack the batch"):
-        fit(tmp_path, Images(normalized=True), AdversarialTraining(ATTACK))
+        fit(tmp_path, TinyImages(normalized=True), AdversarialTraining(ATTACK))
 
 
 def test_the_radius_warms_up(tmp_path):
@@ -175,17 +128,17 @@ def test_the_radius_warms_up(tmp_path):
             self.radii.append(self._eps)
             return output
 
-    fit(tmp_path, Images(), Watch(ATTACK, warmup_epochs=1.5))
+    fit(tmp_path, TinyImages(), Watch(ATTACK, warmup_epochs=1.5))
     expected = [0.1 * min((k + 1) / 4 / 1.5, 1.0) for k in range(8)]
     assert Watch.radii == pytest.approx(expected)
 
 
 def test_counts_come_from_the_training_set(tmp_path):
     objective = BalancedSoftmax()
-    fit(tmp_path, Images(), AdversarialTraining(ATTACK, objective))
+    fit(tmp_path, TinyImages(), AdversarialTraining(ATTACK, objective))
     assert objective.counts.tolist() == [16, 12, 4]
 
-    class NoTargets(Images):
+    class NoTargets(TinyImages):
         def dataset(self):
             return TensorDataset(*super().dataset().tensors)
 
@@ -195,7 +148,7 @@ def test_counts_come_from_the_training_set(tmp_path):
 
 
 def test_rare_classes_get_a_larger_radius(tmp_path):
-    class Watch(Images):
+    class Watch(TinyImages):
         def training_step(self, batch, batch_idx):
             clean = self.dataset().tensors[0][:8]
             if batch_idx == 0:
@@ -208,7 +161,7 @@ def test_rare_classes_get_a_larger_radius(tmp_path):
 
 
 def test_trades_attacks_the_divergence(tmp_path):
-    module = Images()
+    module = TinyImages()
     trainer = fit(tmp_path, module, AdversarialTraining(ATTACK, TRADES(beta=1.0)))
     assert torch.isfinite(trainer.callback_metrics["robustness/train_robust_acc"])
 
@@ -217,7 +170,7 @@ def test_trades_attacks_the_divergence(tmp_path):
 
 
 def test_no_perturbation_is_no_change(tmp_path):
-    module, plain = Images(), Images()
+    module, plain = TinyImages(), TinyImages()
     fit(tmp_path, module, AdversarialWeightPerturbation(gamma=0.0), AdversarialTraining(ATTACK))
     fit(tmp_path, plain, AdversarialTraining(ATTACK))
     assert_same_weights(module, weights(plain))
@@ -241,7 +194,7 @@ def test_weights_move_by_gamma_and_come_back_before_the_step(tmp_path, objective
             for name, parameter in pl_module.named_parameters():
                 assert torch.equal(parameter, self.before[name]), name
 
-    module = Images()
+    module = TinyImages()
     training = AdversarialTraining(ATTACK, objective)
     calls = []
     attack = training._run_attack
@@ -254,11 +207,11 @@ def test_weights_move_by_gamma_and_come_back_before_the_step(tmp_path, objective
 
 def test_perturbation_after_the_attack_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="must stand before it"):
-        fit(tmp_path, Images(), AdversarialTraining(ATTACK), AdversarialWeightPerturbation())
+        fit(tmp_path, TinyImages(), AdversarialTraining(ATTACK), AdversarialWeightPerturbation())
 
 
 def test_weights_come_back_after_an_exception(tmp_path):
-    class Broken(Images):
+    class Broken(TinyImages):
         def on_before_backward(self, loss):
             raise RuntimeError("broken")
 
@@ -274,7 +227,7 @@ def test_weights_come_back_after_an_exception(tmp_path):
 
 
 def test_deferred_reweighting_equals_a_loop(tmp_path):
-    module, twin = Images(), Images()
+    module, twin = TinyImages(), TinyImages()
     fit(tmp_path, module, DeferredReweighting("balanced_softmax", weights=None), limit_val_batches=0)
     optimizer = twin.configure_optimizers()
     for _ in range(2):
@@ -287,7 +240,7 @@ def test_deferred_reweighting_equals_a_loop(tmp_path):
 
 def test_weights_set_in_at_their_epoch(tmp_path):
     def after(epochs, start):
-        module = Images()
+        module = TinyImages()
         trainer = make_trainer(tmp_path, 4, DeferredReweighting(start=start), limit_val_batches=0)
         stop = epochs
 
@@ -308,8 +261,8 @@ def test_weights_set_in_at_their_epoch(tmp_path):
 
 def test_reweighting_beside_an_objective_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="leave one of them out"):
-        fit(tmp_path, Images(), AdversarialTraining(ATTACK, TRADES()), DeferredReweighting())
-    module = Images()
+        fit(tmp_path, TinyImages(), AdversarialTraining(ATTACK, TRADES()), DeferredReweighting())
+    module = TinyImages()
     fit(tmp_path, module, AdversarialTraining(ATTACK), DeferredReweighting("ldam"), epochs=1)
 
 
