@@ -144,6 +144,8 @@ def refused(first: str, second: str) -> str:
     one, two = (name.partition(",")[0] for name in (first, second))
     if CALLBACKS[first].changes_structure and CALLBACKS[second].changes_structure:
         return "both convert the layers"
+    if {one, two} == {"BinaryQAT", "PostTrainingQuantization"}:
+        return "leave one of them out"
     if (one, two) == ("AdversarialTraining", "AdversarialWeightPerturbation"):
         return "must stand before it"
     if {"AdversarialTraining, TRADES", "DeferredReweighting"} == {first, second}:

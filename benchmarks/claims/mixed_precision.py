@@ -3,8 +3,8 @@ r"""Do scores find the right bits? Scores, post-training stages and accuracy bud
     python benchmarks/claims/mixed_precision.py --json benchmarks/results/mixed_precision.json \
         --markdown docs/results/mixed_precision.md
 
-For each net (ResNet-20 and torchvision's ResNet-18) and seed a net is trained in fp32 and left alone. Then, without any
-training, on calibration images of the training set and with test images for the report:
+For each net (ResNet-20 of width 8 and torchvision's ResNet-18) and seed a net is trained in fp32 and left alone. Then,
+without any training, on calibration images of the training set and with test images for the report:
 
 * ``plans``: each score's plan of at most 4 bits a weight out of {8, 4, 2}, the exact optimum of its table, against
   uniform 4 bits, the plans of ten random tables and the inverted order. Scales are set from data and batch
@@ -62,7 +62,7 @@ from lightning_plugins.quantization.copying import copy_network
 BITS = (8, 4, 2)
 BUDGET = 4.0
 SCORES = ("hawq-v1", "hawq-v2", "loss-increase", "pairwise", "lim", "zd")
-NETS: dict[str, dict[str, Any]] = {"resnet20": {"width": 16}, "resnet18": {}}
+NETS: dict[str, dict[str, Any]] = {"resnet20": {"width": 8}, "resnet18": {}}
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -290,9 +290,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train-share", type=float, default=0.1, help="share of the training images that is used")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--calibration", type=int, default=256, help="training images without labels of their own")
-    parser.add_argument("--test-images", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=200, help="of AdaQuant, for each layer")
+    parser.add_argument("--calibration", type=int, default=192, help="training images without labels of their own")
+    parser.add_argument("--test-images", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=60, help="of AdaQuant, for each layer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file to write the numbers to; runs that it holds are kept")
     parser.add_argument("--markdown", type=Path, help="file to write the documentation's tables to")

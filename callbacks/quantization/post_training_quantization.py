@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
+from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
 from lightning_plugins.data.loading import ImageDataset
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_table
@@ -225,6 +226,11 @@ class PostTrainingQuantization(pl.Callback):
     # When
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if any(isinstance(other, BinaryQAT) for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "PostTrainingQuantization finds no layers to quantize in a net that BinaryQAT makes binary; leave one "
+                "of them out"
+            )
         if stage != "fit":
             return
         if is_overridden("configure_model", pl_module):

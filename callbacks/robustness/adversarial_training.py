@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -249,7 +248,7 @@ class AdversarialTraining(TrainingStepCallback):
             targets = targets.argmax(1)
         try:
             if not isinstance(attack, PGDAttack):
-                return replace(attack, eps=self._eps)(logits_fn, images, targets, generator=generator)
+                return attack.with_eps(self._eps)(logits_fn, images, targets, generator=generator)
             eps: float | Tensor = self._eps
             if self._budgets is not None:
                 eps = eps * self._budgets[targets].reshape(-1, *[1] * (images.ndim - 1))

@@ -50,7 +50,8 @@ class RobustnessEvaluation(pl.Callback):
         every_n_epochs: attack in the first and every n-th epoch of a fit; in between, the last values are logged again.
         eps_grid: radii at which accuracy is measured in test, on the first ``num_val_samples`` and by PGD of 20 steps;
             default six from 0 to twice the attack's. Empty for none.
-        tail: classes that count as tail; default the rarer half of the training set.
+        tail: classes that count as tail; default the rarer half of a training set whose largest class is at least twice
+            the smallest.
         counts: training samples of each class; default as the data module or training set tells.
         mean: of each channel, if the inputs are normalised outside of the module.
         std: likewise.
@@ -101,7 +102,7 @@ class RobustnessEvaluation(pl.Callback):
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs!r}")
         if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
             raise ValueError("mean and std go together, with one number for each channel")
-        reference = val_attack if isinstance(val_attack, Attack) else Attack()
+        reference = val_attack if isinstance(val_attack, Attack) else PGDAttack()
         eps, norm = reference.eps, reference.norm
         if test_attacks is None:
             test_attacks = {"pgd20": PGDAttack(eps, norm, num_steps=20), "apgd_t": APGDAttack(eps, norm)}
@@ -315,7 +316,9 @@ class RobustnessEvaluation(pl.Callback):
             counts = class_counts(trainer)  # type: ignore[assignment]
         if counts is None:
             counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
-        if counts is None or len(counts) != num_classes or len(set(torch.as_tensor(counts).tolist())) < 2:
+        if counts is None or len(counts) != num_classes:
+            return []
+        if max(counts) < 2 * min(counts):  # the rarer half of a balanced set is nothing but chance
             return []
         return list(halves_by_count(counts)["tail"])
 

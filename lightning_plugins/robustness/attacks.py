@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,11 +20,10 @@ from lightning_plugins.robustness.square import square
 __all__ = ["APGDAttack", "Attack", "AutoAttack", "FABAttack", "FGSMAttack", "PGDAttack", "SquareAttack"]
 
 
-@dataclass(frozen=True)
-class Attack:
-    """Base: a radius and a norm.
+class Attack(ABC):
+    """Base of the attacks: frozen dataclasses with a radius and a norm.
 
-    Args:
+    Attributes:
         eps: radius on the [0, 1] pixel scale, at least 0.
         norm: ``"linf"`` or ``"l2"``.
 
@@ -31,8 +31,8 @@ class Attack:
         ValueError: for a negative radius or another norm.
     """
 
-    eps: float = 8 / 255
-    norm: Norm = "linf"
+    eps: float
+    norm: Norm
 
     def __post_init__(self) -> None:
         if not 0 <= self.eps < float("inf"):
@@ -40,6 +40,11 @@ class Attack:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2', got {self.norm!r}")
 
+    def with_eps(self, eps: float) -> Attack:
+        """Return the same attack with another radius."""
+        return replace(self, eps=eps)  # type: ignore[type-var]
+
+    @abstractmethod
     def __call__(
         self,
         logits_fn: LogitsFn,
@@ -58,7 +63,6 @@ class Attack:
             generator: of all randomness; default one seeded with 0.
             bounds: lowest and highest valid value.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class PGDAttack(Attack):
         torch.Size([5, 4])
     """
 
+    eps: float = 8 / 255
+    norm: Norm = "linf"
     step_size: float | None = None
     num_steps: int = 10
     num_restarts: int = 1
@@ -141,6 +147,9 @@ class FGSMAttack(Attack):
         norm: ``"linf"`` or ``"l2"``.
     """
 
+    eps: float = 8 / 255
+    norm: Norm = "linf"
+
     def __call__(
         self,
         logits_fn: LogitsFn,
@@ -167,6 +176,8 @@ class APGDAttack(Attack):
         num_targets: wrong classes to aim at, for the targeted loss.
     """
 
+    eps: float = 8 / 255
+    norm: Norm = "linf"
     loss: ApgdLoss = "dlr_targeted"
     num_steps: int = 100
     num_restarts: int = 1
@@ -208,6 +219,8 @@ class FABAttack(Attack):
         num_targets: wrong classes to aim at.
     """
 
+    eps: float = 8 / 255
+    norm: Norm = "linf"
     num_steps: int = 100
     num_targets: int = 9
 
@@ -244,6 +257,8 @@ class SquareAttack(Attack):
         num_queries: forward passes.
     """
 
+    eps: float = 8 / 255
+    norm: Norm = "linf"
     num_queries: int = 5000
 
     def __call__(
@@ -280,6 +295,8 @@ class AutoAttack(Attack):
         num_queries: of the random search.
     """
 
+    eps: float = 8 / 255
+    norm: Norm = "linf"
     version: Version = "standard"
     num_steps: int = 100
     num_queries: int = 5000

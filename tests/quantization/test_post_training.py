@@ -206,20 +206,27 @@ def test_weights_on_the_grid_stay_there():
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.Conv1d(4, 6, 3, padding=1), (40, 4, 7)),
-        (nn.Conv2d(4, 4, 3, groups=4), (40, 4, 6, 6)),
-        (nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="reflect"), (40, 4, 6, 6)),
-        (nn.Linear(4, 6), (40, 3, 4)),
+        (nn.Conv1d(4, 6, 3, padding=1), (160, 4, 7)),
+        (nn.Conv2d(4, 4, 3, groups=4), (160, 4, 6, 6)),
+        (nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="reflect"), (160, 4, 6, 6)),
+        (nn.Linear(4, 6), (160, 3, 4)),
     ],
     ids=["conv1d", "depthwise", "grouped", "tokens"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_kind_of_layer(layer, shape, dtype):
-    net = convert_(nn.Sequential(deepcopy(layer)).to(dtype), (3, 32), first_last_bits=3, depthwise_bits=3)
-    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer = deepcopy(layer)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer.reset_parameters()
+    net = convert_(nn.Sequential(layer).to(dtype), (3, 32), first_last_bits=3, depthwise_bits=3)
+    # Values of one sample are alike, as they are in images; on white noise there is nothing to gain.
+    generator = torch.Generator().manual_seed(0)
+    alike = torch.randn((shape[0], *[1] * (len(shape) - 1)), generator=generator)
+    inputs = (alike + 0.3 * torch.randn(shape, generator=generator)).to(dtype)
     calibrate_scales_(net, [inputs], 3)
     ((before, after),) = adaquant_(net, [inputs], 3, num_steps=60, learning_rates=LearningRates(weight=0.01)).values()
-    assert after < before
+    assert after < 0.98 * before
     assert net[0].weight.dtype == dtype
 
 

@@ -209,7 +209,7 @@ def test_two_processes_hold_one_net(tmp_path):
 def test_wrong_use(tmp_path):
     for arguments, message in [
         ({"bits": (8, 32)}, "bits must be 2 to 8"),
-        ({"plan": {"net.0": 4}, "budget": 3.0}, "plan or budget, not both"),
+        ({"plan": {"net.0": 4}, "budget": 3.0}, "plan, budget or accuracy_ratio, one of them"),
         ({"budget": 0.0}, "budget must be positive"),
         ({"pipeline": "heavy"}, "pipeline must be one of full, light"),
         ({"num_samples": 1}, "num_samples must be at least 2"),
