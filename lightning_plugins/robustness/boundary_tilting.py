@@ -9,6 +9,7 @@ costs no accuracy, so nothing in ordinary training stops it.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -215,7 +216,7 @@ class BoundaryTilting(_Sums):
     counts: Tensor
     problems: Tensor
 
-    def __init__(self, num_classes: int, num_features: int, *, reduction: str = "mean") -> None:
+    def __init__(self, num_classes: int, num_features: int, *, reduction: Literal["mean", "none"] = "mean") -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
@@ -315,7 +316,8 @@ def _weight_and_difference(weight: Tensor, positive_mean: Tensor, negative_mean:
 
 
 def _length(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors, dim=-1)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return length
 
 
 def _angle(first: Tensor, second: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ __all__ = [
 
 Labelled = tuple[Tensor, Tensor]
 _BATCH_SIZE = 512
+_POSITIONS = 0x70B  # labels that were drawn with the same small seed must not give the positions away
 
 
 def input_gradients(
@@ -225,8 +226,9 @@ def diff_roar(
         return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
 
     seeds = torch.randint(2**31, (num_repeats,), generator=private_generator(generator)).tolist()
-    rankings = [torch.cat([attribution(part) for part in data[0].split(_BATCH_SIZE)]) for data in (train, test)]
-    top, bottom = [], []
+    rankings = [torch.cat([attribution(part) for part in torch.split(data[0], _BATCH_SIZE)]) for data in (train, test)]
+    top: list[float] = []
+    bottom: list[float] = []
     with grad_context():
         for share in shares:
             for keep, accuracies in (("top", top), ("bottom", bottom)):
@@ -282,9 +284,9 @@ def fit_classifier(
     shuffle = private_generator(generator)
     model.train()
     for _ in range(num_epochs):
-        for rows in torch.randperm(len(inputs), generator=shuffle).to(inputs.device).split(batch_size):
+        for rows in torch.split(torch.randperm(len(inputs), generator=shuffle).to(inputs.device), batch_size):
             optimizer.zero_grad()
-            F.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+            F.cross_entropy(model(inputs[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
@@ -301,6 +303,7 @@ class BlockDataset(Dataset[tuple[Tensor, Any]]):
 
     Attributes:
         on_top: booleans ``(N,)``: the image is above the null block.
+        null: the null block ``(C, H, W)``.
 
     Raises:
         TypeError: if the images are not tensors ``(C, H, W)``.
@@ -344,7 +347,7 @@ class BlockDataset(Dataset[tuple[Tensor, Any]]):
         else:
             raise ValueError(f"null must be 'box' or an image, got {null!r}")
         if position == "random":
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed ^ _POSITIONS)
             self.on_top = torch.rand(num_samples, generator=generator) < 0.5
         else:
             self.on_top = torch.full((num_samples,), position == "top")
@@ -409,7 +412,6 @@ def gradient_leakage(
         raise ValueError(f"share must leave at least one of {order.shape[1]} coordinates, got {share!r}")
     magnitudes = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).abs().flatten(1)
     largest = magnitudes.gather(1, order[:, :count])
-    largest = largest / largest[:, :1]  # tiny gradients must not vanish in the sum
     null = null_mask.to(gradients.device).expand_as(gradients).flatten(1).gather(1, order[:, :count])
     return (largest * null).sum(1) / largest.sum(1)
 
@@ -447,6 +449,6 @@ def _accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     with torch.no_grad():
         right = [
             (model(part).argmax(1) == truth).sum()
-            for part, truth in zip(inputs.split(_BATCH_SIZE), targets.split(_BATCH_SIZE), strict=True)
+            for part, truth in zip(torch.split(inputs, _BATCH_SIZE), torch.split(targets, _BATCH_SIZE), strict=True)
         ]
     return float(torch.stack(right).sum()) / len(inputs)

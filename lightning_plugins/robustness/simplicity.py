@@ -70,8 +70,9 @@ def slab_dataset(
         margin: half of the gap between classes, at least 0, and so small that intervals are left.
         noise: share of the samples for which a coordinate is drawn as for the other class, in [0, 1]; a number, or one
             for each coordinate.
-        rotate: apply a random rotation or reflection, uniform over all of them.
-        generator: on the CPU. Default: one seeded with 0.
+        rotate: apply a random rotation or reflection, uniform over all of them; another one at each call, so split
+            training from test data afterwards.
+        generator: on the CPU. Default: one seeded with 0: give test data another one.
 
     Returns:
         Inputs, classes and the rotation.
@@ -266,11 +267,10 @@ def concat_pair(
             raise ValueError(f"{name} images must be floating-point (N, C, H, W), got {images.dtype} {images.shape}")
         check_targets(f"{name} classes", targets, images)
     simple, other = base_simple[0], base_complex[0]
-    classes = base_simple[1].unique()
-    if not torch.equal(classes, base_complex[1].unique()):
+    classes, others = (sorted(set(targets.tolist())) for _, targets in (base_simple, base_complex))
+    if classes != others:
         raise ValueError(
-            f"both data sets must have the same classes, got {classes.tolist()} and "
-            f"{base_complex[1].unique().tolist()}; choose them by group_classes"
+            f"both data sets must have the same classes, got {classes} and {others}; choose them by group_classes"
         )
     if simple.shape[1] != other.shape[1] and 1 not in (simple.shape[1], other.shape[1]):
         raise ValueError(f"images must have as many channels, or one: got {simple.shape[1]} and {other.shape[1]}")
@@ -382,7 +382,9 @@ def extreme_simplicity(
             raise ValueError(f"rotation must be ({flat.shape[1]}, {flat.shape[1]}), got {tuple(rotation.shape)}")
         turn = rotation.to(flat)
         flat = flat @ turn
-    permutation = torch.randperm(len(inputs), generator=private_generator(generator)).to(inputs.device)
+    # randperm reads the bits of a generator as randint does: with the seed that drew the classes it follows them.
+    keys = torch.rand(len(inputs), generator=private_generator(generator), dtype=torch.float64)
+    permutation = keys.argsort().to(inputs.device)
     shuffled = flat[permutation]
     variants = [inputs]
     for mixed in (torch.where(chosen, shuffled, flat), torch.where(chosen, flat, shuffled)):
@@ -391,7 +393,7 @@ def extreme_simplicity(
     with attacking(logits_fn, inputs) as network:
         reference = None
         for variant in variants:
-            parts = [network.logits(ordinary(part)) for part in variant.split(batch_size)]
+            parts = [network.logits(ordinary(part)) for part in torch.split(variant, batch_size)]
             logits = torch.cat(parts)
             check_classes("targets", targets, logits)
             reference = logits if reference is None else reference
@@ -430,13 +432,13 @@ def _chosen(coordinates: Tensor | Sequence[int], inputs: Tensor) -> Tensor:
 
 
 def _auc(logits: Tensor, targets: Tensor) -> float:
-    present = targets.unique()
+    present = sorted(set(targets.tolist()))
     if len(present) < 2:
         return math.nan
     areas = []
-    for k in present.tolist():
+    for k in present:
         rest = torch.cat([logits[:, :k], logits[:, k + 1 :]], 1).logsumexp(1)
         # Ranks in [0, 1): torchmetrics would squash logits by a sigmoid, where large ones tie.
-        values, ranks = (logits[:, k] - rest).unique(return_inverse=True)
+        values, ranks = torch.unique(logits[:, k] - rest, return_inverse=True)
         areas.append(binary_auroc(ranks.float() / len(values), (targets == k).long()))
     return torch.stack(areas).mean().item()
