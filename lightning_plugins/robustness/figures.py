@@ -88,7 +88,7 @@ def accuracy_over_eps_figure(accuracies: Mapping[float, float]) -> Figure:
     axes.plot(radii, [100 * accuracies[eps] for eps in radii], "o-", color="#4477aa")
     axes.set_xlabel("radius (pixel scale)")
     axes.set_ylabel("accuracy (%)")
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 104)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
