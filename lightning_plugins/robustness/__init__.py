@@ -19,6 +19,12 @@ from lightning_plugins.robustness.auto_attack import (
     auto_attack,
     auto_attack_dataset,
 )
+from lightning_plugins.robustness.boundary_tilting import (
+    BoundaryTilting,
+    adversarial_strength,
+    deviation_angle,
+    tilting_type,
+)
 from lightning_plugins.robustness.budgets import class_budgets
 from lightning_plugins.robustness.disparity import (
     RobustClassifier,
@@ -30,6 +36,14 @@ from lightning_plugins.robustness.disparity import (
     stable_class_errors,
 )
 from lightning_plugins.robustness.fab import fab
+from lightning_plugins.robustness.feature_attribution import (
+    BlockDataset,
+    DiffROAR,
+    diff_roar,
+    gradient_leakage,
+    input_gradients,
+    unmask,
+)
 from lightning_plugins.robustness.geometry import (
     AdversarialPowerLaw,
     LogitMargin,
@@ -38,6 +52,12 @@ from lightning_plugins.robustness.geometry import (
     PowerLaw,
     fit_power_law,
     linearised_minimal_eps,
+)
+from lightning_plugins.robustness.level_sets import (
+    LevelSetPath,
+    TriangleConfidences,
+    level_set_traversal,
+    triangle_confidences,
 )
 from lightning_plugins.robustness.masking import GradientMaskingCheck, MaskingVerdict
 from lightning_plugins.robustness.metrics import (
@@ -89,6 +109,16 @@ from lightning_plugins.robustness.reweighting import (
     logit_adjusted_loss,
     weighted_cross_entropy,
 )
+from lightning_plugins.robustness.simplicity import (
+    ConcatPair,
+    FeatureScores,
+    FeatureUse,
+    SlabData,
+    concat_pair,
+    extreme_simplicity,
+    lms_dataset,
+    slab_dataset,
+)
 from lightning_plugins.robustness.square import square
 
 __all__ = [
@@ -104,17 +134,24 @@ __all__ = [
     "BalancedRobustAccuracy",
     "BalancedSoftmax",
     "BalancedSoftmaxLoss",
+    "BlockDataset",
+    "BoundaryTilting",
     "CDT",
     "CDTLoss",
     "ClassBalanced",
+    "ConcatPair",
     "CosineClassifier",
     "DeferredSchedule",
+    "DiffROAR",
     "FABAttack",
     "FGSMAttack",
+    "FeatureScores",
+    "FeatureUse",
     "FocalLoss",
     "GradientMaskingCheck",
     "LDAM",
     "LDAMLoss",
+    "LevelSetPath",
     "LogitAdjustedLoss",
     "LogitAdjustment",
     "LogitMargin",
@@ -133,14 +170,17 @@ __all__ = [
     "RobustClassifier",
     "RobustErrorDecomposition",
     "SRAT",
+    "SlabData",
     "SquareAttack",
     "TAET",
     "TRADES",
     "TailRobustAccuracy",
+    "TriangleConfidences",
     "WeightedCrossEntropy",
     "WorstClassRobustAccuracy",
     "accuracy_disparity",
     "adjust_logits",
+    "adversarial_strength",
     "apgd",
     "attack_copy",
     "auto_attack",
@@ -148,8 +188,12 @@ __all__ = [
     "balanced_softmax_loss",
     "cdt_loss",
     "class_budgets",
+    "concat_pair",
+    "deviation_angle",
+    "diff_roar",
     "dlr_loss",
     "effective_number_weights",
+    "extreme_simplicity",
     "fab",
     "fgsm",
     "fgsm_rs",
@@ -158,20 +202,28 @@ __all__ = [
     "gap_of_disparity",
     "gap_of_standard_accuracy",
     "gaussian_class_errors",
+    "gradient_leakage",
     "groups_by_count",
     "halves_by_count",
+    "input_gradients",
     "inverse_frequency_weights",
     "kl_loss",
     "ldam_loss",
     "ldam_margins",
+    "level_set_traversal",
     "linearised_minimal_eps",
+    "lms_dataset",
     "logit_adjusted_loss",
     "margin_loss",
     "pgd",
     "robust_optimal_classifier",
     "separation_loss",
+    "slab_dataset",
     "square",
     "stable_class_errors",
     "targeted_dlr_loss",
+    "tilting_type",
+    "triangle_confidences",
+    "unmask",
     "weighted_cross_entropy",
 ]

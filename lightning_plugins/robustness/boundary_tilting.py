@@ -289,10 +289,11 @@ class BoundaryTilting(_Sums):
         difference = means[:, None] - means
         to_boundary = (logits.diagonal()[:, None] - logits) / _length(normal)
         to_bisector = _length(difference) / 2
-        same = torch.eye(self.num_classes, device=counts.device).bool()
         to_bisector = torch.where(to_boundary.isnan(), torch.nan, to_bisector)
+        seen = self.counts > 0
+        unknown = torch.eye(self.num_classes, device=counts.device).bool() | ~(seen[:, None] & seen)
         results = (_angle(normal, difference), self.wrong / counts, to_bisector, to_boundary)
-        angle, error, to_bisector, to_boundary = (result.masked_fill(same, torch.nan) for result in results)
+        angle, error, to_bisector, to_boundary = (result.masked_fill(unknown, torch.nan) for result in results)
         return angle, error, to_bisector, to_boundary
 
 

@@ -147,6 +147,10 @@ def test_tilting_merges_and_leaves_out_missing_classes():
             values = metric.compute()
         assert all(value.isfinite() for value in values.values())
     torch.testing.assert_close(whole.compute(), parts[0].compute())
+    logits = net(inputs)
+    others = torch.where(target == 0, logits[:, 1], logits[:, 0])
+    error = (others >= logits.gather(1, target[:, None])[:, 0]).float().mean()
+    torch.testing.assert_close(whole.compute()["error"], error)
 
 
 def test_pairs_that_the_network_does_not_tell_apart_are_left_out_of_the_mean():
