@@ -170,13 +170,16 @@ class Study:
         )
         return {name: 100 * stage.accuracy for name, stage in report.stages.items()}
 
-    def within(self, ratio: float, table: SensitivityTable) -> dict[str, float]:
-        """The plan within an accuracy: average bits, what the deciding and the other half say, evaluations."""
+    def within(self, ratio: float, table: SensitivityTable) -> dict[str, float] | None:
+        """The plan within an accuracy, as measured on the deciding half and on the other; None if there is none."""
         half = len(self.test) // 2
         model = self.converted()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the target is below the noise is what the table shows
-            result = plan_within_accuracy(model, table, self.calibration, ratio=ratio, evaluation=self.test[:half])
+            try:
+                result = plan_within_accuracy(model, table, self.calibration, ratio=ratio, evaluation=self.test[:half])
+            except ValueError:  # all layers at 8 bits are below the target already
+                return None
         calibrate_scales_(model, self.calibration, result.plan)
         held_out = (
             evaluate_plan(model, result.plan, self.test[half:])[1]
@@ -221,9 +224,9 @@ def verdicts(runs: dict[str, dict[str, Any]]) -> dict[str, str]:
         stages = run["stages"]["uniform"]
         for stage in rises:
             rises[stage] += stages[stage] > stages["naive"]
-        met += all(budget["held_out"] >= float(ratio) for ratio, budget in run["budgets"].items())
+        met += all(budget and budget["held_out"] >= float(ratio) for ratio, budget in run["budgets"].items())
         most = 1 + 2 * (math.ceil(math.log2(run["layers"])) + 2)
-        cheap += all(budget["evaluations"] <= most for budget in run["budgets"].values())
+        cheap += all(not budget or budget["evaluations"] <= most for budget in run["budgets"].values())
     total = len(runs)
     return {
         "E6, each score's plan beats the mean of ten random ones": ", ".join(
@@ -268,7 +271,12 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "| accuracy budget | bits | left on the deciding half | on the other half | evaluations |"]
         lines += ["| --- | --- | --- | --- | --- |"]
         for ratio in runs[0]["budgets"]:
-            found = [run["budgets"][ratio] for run in runs]
+            found = [run["budgets"][ratio] for run in runs if run["budgets"][ratio]]
+            if len(found) < 2:
+                lines.append(
+                    f"| {100 * float(ratio):g} % | not reached at 8 bits in {len(runs) - len(found)} of {len(runs)} |"
+                )
+                continue
             lines.append(
                 f"| {100 * float(ratio):g} % | {cell([b['bits'] for b in found], 2)} | "
                 f"{cell([100 * b['decided'] for b in found], 2)} % | "
