@@ -120,7 +120,7 @@ def hessian_trace(
             0 to use all probes.
         seed: of the probes.
         chunk_size: samples in a piece; None for 16 on a CPU and whole batches elsewhere.
-        progress: show a bar; None shows it after a few seconds.
+        progress: show a bar; None shows it on a terminal, after a few seconds.
 
     Returns:
         The estimates by layer name, in the order of ``layers``.
@@ -188,7 +188,7 @@ def top_eigenvalue(
         num_iterations: the most iterations, at least 1.
         tolerance: relative change between two iterations at which a layer is done, at least 0.
         seed: of the first vectors.
-        progress: show a bar; None shows it after a few seconds.
+        progress: show a bar; None shows it on a terminal, after a few seconds.
 
     Returns:
         The estimates by layer name. The change from step to step can be small long before the vector is right; judge by
@@ -262,7 +262,7 @@ def leading_eigenvalues(
         curvature: as for :func:`hessian_trace`.
         tolerance: relative accuracy of the eigenvalues, at least 0 (as accurate as the number format allows).
         seed: of the first vectors.
-        progress: show a bar; None shows it after a few seconds.
+        progress: show a bar; None shows it on a terminal, after a few seconds.
 
     Returns:
         By layer name, the estimates in descending order of magnitude.
@@ -1048,4 +1048,5 @@ def _seed_of_process(seed: int) -> int:
 
 def _progress_bar(progress: bool | None, title: str, total: int | None) -> tqdm:
     hidden = progress is False or total == 0 or (_distributed() and torch.distributed.get_rank() != 0)
-    return tqdm(desc=title, total=total, disable=hidden, delay=0 if progress else 3, leave=False)
+    shown = False if progress else None  # None: on a terminal only, not in a log file
+    return tqdm(desc=title, total=total, disable=hidden or shown, delay=0 if progress else 3, leave=False)
