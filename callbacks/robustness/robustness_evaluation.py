@@ -311,11 +311,7 @@ class RobustnessEvaluation(pl.Callback):
     def _tail_classes(self, trainer: pl.Trainer, num_classes: int) -> list[int]:
         if self.tail is not None:
             return list(self.tail)
-        counts = self.counts
-        if counts is None and trainer.train_dataloader is not None:
-            counts = class_counts(trainer)  # type: ignore[assignment]
-        if counts is None:
-            counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
+        counts = class_counts(trainer) if self.counts is None else self.counts
         if counts is None or len(counts) != num_classes:
             return []
         if max(counts) < 2 * min(counts):  # the rarer half of a balanced set is nothing but chance

@@ -7,8 +7,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_plugins.callbacks import RobustnessEvaluation
+from lightning_plugins.data import DigitsDataModule, Imbalance
+from lightning_plugins.modules import ImageClassifier
 from lightning_plugins.robustness import AutoAttack, FGSMAttack, PGDAttack, RobustAccuracy, fgsm
 from toys import TinyImages, make_trainer
 
@@ -99,6 +102,15 @@ def test_tail_and_pictures(tmp_path):
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     for picture in ("class_accuracy", "attacked_images", "accuracy_over_eps"):
         assert any(picture in name for name in names), (picture, names)
+
+
+def test_a_bare_test_of_our_data_has_no_tail(tmp_path):
+    data = DigitsDataModule(batch_size=32, transforms=[Imbalance("exp", 10)])
+    module = ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), num_classes=10)
+    evaluation = RobustnessEvaluation(False, {"fgsm": FGSMAttack(0.1)}, eps_grid=())
+    (metrics,) = make_trainer(tmp_path, 1, evaluation, limit_test_batches=1).test(module, data, verbose=False)
+    assert "test/robust_acc" in metrics
+    assert "test/robust_acc_tail" not in metrics
 
 
 def test_auto_attack_in_test(tmp_path):
