@@ -21,7 +21,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plugins.files import write_atomically
-from lightning_plugins.quantization.convert import Model, _class_with_parametrizations, _matches, _no_fast_path
+from lightning_plugins.quantization.convert import (
+    Model,
+    _class_with_parametrizations,
+    _matches,
+    _no_fast_path,
+    load_described,
+)
 from lightning_plugins.quantization.copying import copy_network
 from lightning_plugins.quantization.deploy import _make_weights_permanent, _onnx
 from lightning_plugins.quantization.onnx import _onnx_bytes, _verify
@@ -495,25 +501,13 @@ def load_binary_checkpoint(model: Model, checkpoint: str | os.PathLike[str] | Ma
         ValueError: if the checkpoint is not one of a binary model.
         RuntimeError: if it does not fit the model.
     """
-    if isinstance(checkpoint, Mapping):
-        loaded = checkpoint
-    else:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    state: dict[str, Any] = dict(loaded.get("state_dict", loaded))
-    prefixes = [key.removesuffix(BINARY_KEY) for key in state if key.endswith(BINARY_KEY)]
-    if not prefixes:
-        raise ValueError(
-            "this is not the checkpoint of a binary model; load it with load_state_dict before convert_binary_"
-        )
-    if not binary_layers(model):
-        for prefix in prefixes:
-            try:
-                part = model.get_submodule(prefix.removesuffix("."))
-                _apply(part, json.loads(bytes(state[prefix + BINARY_KEY].tolist())))
-            except AttributeError as error:
-                raise RuntimeError(f"the checkpoint is one of another architecture: {error}") from error
-    model.load_state_dict(state)
-    return model
+    return load_described(
+        model,
+        checkpoint,
+        key=BINARY_KEY,
+        convert=None if binary_layers(model) else _apply,
+        missing="this is not the checkpoint of a binary model; load it with load_state_dict before convert_binary_",
+    )
 
 
 def check_keep_real(keep_real: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
@@ -272,21 +272,45 @@ def load_converted(model: Model, checkpoint: str | os.PathLike[str] | Mapping[st
         ValueError: if the checkpoint is not one of a converted model.
         RuntimeError: if it does not fit the model.
     """
+    return load_described(
+        model,
+        checkpoint,
+        key=SPEC_KEY,
+        convert=None if quantized_layers(model) else apply_spec_,
+        missing="this is not the checkpoint of a converted model; load it with load_state_dict before convert_",
+    )
+
+
+def load_described(
+    model: Model,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    key: str,
+    convert: Callable[[nn.Module, Any], None] | None,
+    missing: str,
+) -> Model:
+    """Load a checkpoint that describes its own conversion.
+
+    Args:
+        model: to load into.
+        checkpoint: a path, or what is there.
+        key: end of the name of the entries that hold the description, as JSON in bytes.
+        convert: converts a part of the model by its description; None if the model is converted already.
+        missing: the error for a checkpoint without such an entry.
+    """
     if isinstance(checkpoint, Mapping):
         loaded = checkpoint
     else:
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
     state: dict[str, Any] = dict(loaded.get("state_dict", loaded))
-    parts = [key.removesuffix(SPEC_KEY) for key in state if key.endswith(SPEC_KEY)]
-    if not parts:
-        raise ValueError(
-            "this is not the checkpoint of a converted model; load it with load_state_dict before convert_"
-        )
-    if not quantized_layers(model):
-        for prefix in parts:
+    prefixes = [name.removesuffix(key) for name in state if name.endswith(key)]
+    if not prefixes:
+        raise ValueError(missing)
+    if convert is not None:
+        for prefix in prefixes:
             try:
                 part = model.get_submodule(prefix.removesuffix("."))
-                apply_spec_(part, json.loads(bytes(state[prefix + SPEC_KEY].tolist())))
+                convert(part, json.loads(bytes(state[prefix + key].tolist())))
             except AttributeError as error:
                 raise RuntimeError(f"the checkpoint is one of another architecture: {error}") from error
     model.load_state_dict(state)

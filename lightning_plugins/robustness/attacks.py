@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,6 @@ class Attack(ABC):
         """Return the same attack with another radius."""
         return replace(self, eps=eps)  # type: ignore[type-var]
 
-    @abstractmethod
     def __call__(
         self,
         logits_fn: LogitsFn,
@@ -63,6 +63,15 @@ class Attack(ABC):
             generator: of all randomness; default one seeded with 0.
             bounds: lowest and highest valid value.
         """
+        return self._attack()(logits_fn, inputs, targets, bounds=bounds, generator=generator, **self._arguments())
+
+    @abstractmethod
+    def _attack(self) -> Callable[..., AttackResult]:
+        """Return the function that attacks."""
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return what the function takes beside the batch: the fields, which have its names."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -112,30 +121,11 @@ class PGDAttack(Attack):
         """The length of a step as a share of the radius."""
         return 0.25 if self.step_size is None or self.eps == 0 else self.step_size / self.eps
 
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        bounds: Bounds = (0.0, 1.0),
-    ) -> AttackResult:
-        """Attack a batch; see :class:`Attack`."""
-        return pgd(
-            logits_fn,
-            inputs,
-            targets,
-            eps=self.eps,
-            step_size=self.relative_step * self.eps,
-            num_steps=self.num_steps,
-            norm=self.norm,
-            loss=self.loss,
-            random_start=self.random_start,
-            num_restarts=self.num_restarts,
-            bounds=bounds,
-            generator=generator,
-        )
+    def _attack(self) -> Callable[..., AttackResult]:
+        return pgd
+
+    def _arguments(self) -> dict[str, Any]:
+        return super()._arguments() | {"step_size": self.relative_step * self.eps}
 
 
 @dataclass(frozen=True)
@@ -150,17 +140,11 @@ class FGSMAttack(Attack):
     eps: float = 8 / 255
     norm: Norm = "linf"
 
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        bounds: Bounds = (0.0, 1.0),
-    ) -> AttackResult:
-        """Attack a batch; see :class:`Attack`."""
-        return fgsm(logits_fn, inputs, targets, eps=self.eps, norm=self.norm, bounds=bounds)
+    def _attack(self) -> Callable[..., AttackResult]:
+        def without_generator(*args: Any, generator: torch.Generator | None, **arguments: Any) -> AttackResult:
+            return fgsm(*args, **arguments)
+
+        return without_generator
 
 
 @dataclass(frozen=True)
@@ -183,29 +167,8 @@ class APGDAttack(Attack):
     num_restarts: int = 1
     num_targets: int = 9
 
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        bounds: Bounds = (0.0, 1.0),
-    ) -> AttackResult:
-        """Attack a batch; see :class:`Attack`."""
-        return apgd(
-            logits_fn,
-            inputs,
-            targets,
-            eps=self.eps,
-            norm=self.norm,
-            loss=self.loss,
-            num_steps=self.num_steps,
-            num_restarts=self.num_restarts,
-            num_targets=self.num_targets,
-            bounds=bounds,
-            generator=generator,
-        )
+    def _attack(self) -> Callable[..., AttackResult]:
+        return apgd
 
 
 @dataclass(frozen=True)
@@ -224,27 +187,8 @@ class FABAttack(Attack):
     num_steps: int = 100
     num_targets: int = 9
 
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        bounds: Bounds = (0.0, 1.0),
-    ) -> AttackResult:
-        """Attack a batch; see :class:`Attack`."""
-        return fab(
-            logits_fn,
-            inputs,
-            targets,
-            eps=self.eps,
-            norm=self.norm,
-            num_steps=self.num_steps,
-            num_targets=self.num_targets,
-            bounds=bounds,
-            generator=generator,
-        )
+    def _attack(self) -> Callable[..., AttackResult]:
+        return fab
 
 
 @dataclass(frozen=True)
@@ -261,26 +205,8 @@ class SquareAttack(Attack):
     norm: Norm = "linf"
     num_queries: int = 5000
 
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        bounds: Bounds = (0.0, 1.0),
-    ) -> AttackResult:
-        """Attack a batch; see :class:`Attack`."""
-        return square(
-            logits_fn,
-            inputs,
-            targets,
-            eps=self.eps,
-            norm=self.norm,
-            num_queries=self.num_queries,
-            bounds=bounds,
-            generator=generator,
-        )
+    def _attack(self) -> Callable[..., AttackResult]:
+        return square
 
 
 @dataclass(frozen=True)
@@ -301,25 +227,5 @@ class AutoAttack(Attack):
     num_steps: int = 100
     num_queries: int = 5000
 
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        bounds: Bounds = (0.0, 1.0),
-    ) -> AttackResult:
-        """Attack a batch; see :class:`Attack`."""
-        return auto_attack(
-            logits_fn,
-            inputs,
-            targets,
-            eps=self.eps,
-            norm=self.norm,
-            version=self.version,
-            num_steps=self.num_steps,
-            num_queries=self.num_queries,
-            bounds=bounds,
-            generator=generator,
-        )
+    def _attack(self) -> Callable[..., AttackResult]:
+        return auto_attack
