@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets, replace_tensor
-from lightning_plugins.callbacks._borrow import borrow_attribute
+from lightning_plugins.callbacks._borrow import borrow_attribute, tap_forward
 from lightning_plugins.logging import log_callback_hyperparameters
 
 __all__ = ["Step", "TrainingStepCallback"]
@@ -142,6 +142,28 @@ class TrainingStepCallback(pl.Callback):
     def replace(self, batch: Any, old: Tensor, new: Tensor) -> Any:
         """Return the batch with ``new`` in the place of its tensor ``old``; see :func:`.replace_tensor`."""
         return replace_tensor(batch, old, new)
+
+    def step_with_logits(
+        self, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int
+    ) -> tuple[Tensor, STEP_OUTPUT]:
+        """Run the step and return the logits that ``forward`` gave in it, with their graph, and the step's output.
+
+        A step that does without ``forward`` is followed by a pass of ``logits_fn``.
+        """
+        seen: list[Tensor] = []
+
+        def see(output: Any) -> Any:
+            if isinstance(output, Tensor) and output.ndim == 2:
+                seen.append(output)
+            return output
+
+        restore = tap_forward(pl_module, see)
+        try:
+            output = step(batch, batch_idx)
+        finally:
+            restore()
+        logits = seen[-1] if seen else self.logits_fn(pl_module, self.batch_fn(batch)[0])
+        return logits, output
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a further loss now, as if it had been added to the one that the step returns.

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn
-from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._classes import class_counts, epochs_done, training_progress
+from lightning_plugins.callbacks.robustness._attacking import PixelScale, generator_for
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
 from lightning_plugins.robustness.attack import AttackResult
 from lightning_plugins.robustness.attacks import Attack, PGDAttack
@@ -27,9 +27,6 @@ from lightning_plugins.robustness.pgd import pgd
 __all__ = ["AdversarialTraining"]
 
 AttackMode = Literal["eval", "train_frozen_stats", "train"]
-
-# Far apart, so that neighbouring steps and ranks have unrelated generators.
-_STEP_STRIDE, _RANK_STRIDE = 1_000_003, 7_368_787
 
 
 class AdversarialTraining(TrainingStepCallback):
@@ -105,13 +102,12 @@ class AdversarialTraining(TrainingStepCallback):
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs!r}")
         if not 0 <= class_budget_alpha <= 1:
             raise ValueError(f"class_budget_alpha must lie in [0, 1], got {class_budget_alpha!r}")
-        if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
-            raise ValueError("mean and std go together, with one number for each channel")
         if class_budget_alpha and not isinstance(self.attack, PGDAttack):
             raise ValueError("class_budget_alpha needs a PGDAttack, whose radius can differ between images")
         self.objective, self.attack_mode, self.warmup_epochs = objective, attack_mode, warmup_epochs
         self.class_budget_alpha, self.counts, self.seed = class_budget_alpha, counts, seed
         self.mean, self.std = mean, std
+        self._scale = PixelScale(mean, std)
         self._budgets: Tensor | None = None
         self._calls = 0  # attacks so far in this batch
         self._kept: tuple[Tensor, Tensor] | None = None
@@ -164,7 +160,7 @@ class AdversarialTraining(TrainingStepCallback):
         outputs: list[STEP_OUTPUT] = []
 
         def first(asked: Tensor) -> Tensor:
-            logits, output = self._run_step(pl_module, step, self.replace(batch, inputs, asked), batch_idx)
+            logits, output = self.step_with_logits(pl_module, step, self.replace(batch, inputs, asked), batch_idx)
             outputs.append(output)
             return logits
 
@@ -172,26 +168,6 @@ class AdversarialTraining(TrainingStepCallback):
         loss = self.objective(model, inputs, adversarial, targets)
         output = outputs[0] if outputs else None
         return {**output, "loss": loss} if isinstance(output, dict) else loss
-
-    def _run_step(
-        self, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int
-    ) -> tuple[Tensor, STEP_OUTPUT]:
-        seen: list[Tensor] = []
-
-        def see(output: Any) -> Any:
-            if isinstance(output, Tensor) and output.ndim == 2:
-                seen.append(output)
-            return output
-
-        restore = tap_forward(pl_module, see)
-        try:
-            output = step(batch, batch_idx)
-        finally:
-            restore()
-        if not seen:
-            inputs, _ = self.batch_fn(batch)
-            return self.logits_fn(pl_module, inputs), output  # the step does without forward
-        return seen[-1], output
 
     @contextmanager
     def keeping_examples(self) -> Iterator[None]:
@@ -211,10 +187,8 @@ class AdversarialTraining(TrainingStepCallback):
         if self.warmup_epochs:
             warm = min(epochs_done(trainer, batch_idx + 1) / self.warmup_epochs, 1.0)
         self._eps = warm * self.attack.eps
-        generator = torch.Generator(inputs.device)
-        generator.manual_seed(
-            self.seed + _STEP_STRIDE * (8 * trainer.global_step + self._calls) + _RANK_STRIDE * trainer.global_rank
-        )
+        number = 8 * trainer.global_step + self._calls
+        generator = generator_for(inputs, seed=self.seed, number=number, rank=trainer.global_rank)
         self._calls += 1
         with _modes(pl_module, self.attack_mode):
             result = self._run_attack(pl_module, inputs, targets, generator)
@@ -222,25 +196,17 @@ class AdversarialTraining(TrainingStepCallback):
         if result.num_gradients:
             share = result.num_zero_gradients / (result.num_gradients * max(len(inputs), 1))
             self._zeros.update(torch.tensor(share, device=inputs.device))
-        adversarial = result.adversarial.detach()
-        if self.mean is not None:
-            mean, std = self._normalization(inputs)
-            adversarial = ((adversarial - mean) / std).to(inputs.dtype)
+        adversarial = self._scale.inputs(result.adversarial.detach(), inputs.dtype)
         self._kept = (inputs, adversarial) if self._keeps else None
         return adversarial
 
     def _run_attack(
         self, pl_module: pl.LightningModule, inputs: Tensor, targets: Tensor, generator: torch.Generator
     ) -> AttackResult:
-        images = inputs
-        if self.mean is not None:
-            mean, std = self._normalization(inputs)
-            images = (inputs.float() * std + mean).clamp(0.0, 1.0)
+        images = self._scale.images(inputs)
 
         def logits_fn(asked: Tensor) -> Tensor:
-            if self.mean is not None:
-                asked = ((asked - mean) / std).to(inputs.dtype)
-            logits = self.logits_fn(pl_module, asked)
+            logits = self.logits_fn(pl_module, self._scale.inputs(asked, inputs.dtype))
             return logits if self.objective is None else self.objective.attack_logits(logits.float())
 
         attack = self.attack
@@ -269,13 +235,6 @@ class AdversarialTraining(TrainingStepCallback):
             )
         except ValueError as error:
             raise MisconfigurationException(f"AdversarialTraining could not attack the batch: {error}") from error
-
-    def _normalization(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.mean is not None
-        assert self.std is not None
-        shape = (1, -1, *[1] * (inputs.ndim - 2))
-        mean, std = (torch.tensor(tuple(v), device=inputs.device).reshape(shape) for v in (self.mean, self.std))
-        return mean, std
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from lightning_plugins.batches import BatchFn, LogitsFn
-from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._classes import class_counts, training_progress
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
 from lightning_plugins.robustness.reweighting import (
@@ -122,20 +121,8 @@ class DeferredReweighting(TrainingStepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int
     ) -> STEP_OUTPUT:
         """Run the step and replace its loss."""
-        seen: list[Tensor] = []
-
-        def see(output: Any) -> Any:
-            if isinstance(output, Tensor) and output.ndim == 2:
-                seen.append(output)
-            return output
-
-        restore = tap_forward(pl_module, see)
-        try:
-            output = step(batch, batch_idx)
-        finally:
-            restore()
-        inputs, targets = self.batch_fn(batch)
-        logits = seen[-1] if seen else self.logits_fn(pl_module, inputs)
+        logits, output = self.step_with_logits(pl_module, step, batch, batch_idx)
+        _, targets = self.batch_fn(batch)
         weights = self._weights if training_progress(trainer, batch_idx) >= self.start else None
         loss = self._loss(logits, targets, weights)
         return {**output, "loss": loss} if isinstance(output, dict) else loss

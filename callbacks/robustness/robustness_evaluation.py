@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.callbacks._classes import class_counts
+from lightning_plugins.callbacks.robustness._attacking import PixelScale, generator_for
 from lightning_plugins.gradients import grad_context, ordinary
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_table
 from lightning_plugins.robustness.attack import AttackResult
@@ -25,7 +26,6 @@ from lightning_plugins.robustness.metrics import RobustAccuracy, halves_by_count
 
 __all__ = ["RobustnessEvaluation"]
 
-_BATCH_STRIDE, _RANK_STRIDE = 1_000_003, 7_368_787
 _NUM_PICTURES = 8
 
 
@@ -100,8 +100,7 @@ class RobustnessEvaluation(pl.Callback):
             raise ValueError(f"num_val_samples must be at least 1, or None for all, got {num_val_samples!r}")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs!r}")
-        if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
-            raise ValueError("mean and std go together, with one number for each channel")
+        self._scale = PixelScale(mean, std)
         reference = val_attack if isinstance(val_attack, Attack) else PGDAttack()
         eps, norm = reference.eps, reference.norm
         if test_attacks is None:
@@ -211,7 +210,7 @@ class RobustnessEvaluation(pl.Callback):
             inputs, targets = inputs[: limit - self._seen], targets[: limit - self._seen]
         with grad_context():
             inputs, targets = ordinary(inputs), ordinary(targets)
-            clean = self._logits(pl_module, inputs)
+            clean = self.logits_fn(pl_module, inputs)
             survived = clean.argmax(1) == targets
             first = not self._metrics
             if first:
@@ -244,34 +243,17 @@ class RobustnessEvaluation(pl.Callback):
         batch_idx: int,
         number: int,
     ) -> AttackResult:
-        generator = torch.Generator(inputs.device)
-        generator.manual_seed(
-            self.seed + _BATCH_STRIDE * (128 * batch_idx + number) + _RANK_STRIDE * trainer.global_rank
-        )
-        images = inputs if self.mean is None else self._denormalized(inputs)
+        place = 128 * batch_idx + number
+        generator = generator_for(inputs, seed=self.seed, number=place, rank=trainer.global_rank)
+        images = self._scale.images(inputs)
 
         def logits_fn(asked: Tensor) -> Tensor:
-            return self._logits(pl_module, asked if self.mean is None else self._normalized(asked).to(inputs.dtype))
+            return self.logits_fn(pl_module, self._scale.inputs(asked, inputs.dtype))
 
         try:
             return attack(logits_fn, images, targets, generator=generator)
         except ValueError as error:
             raise MisconfigurationException(f"RobustnessEvaluation could not attack the batch: {error}") from error
-
-    def _logits(self, pl_module: pl.LightningModule, inputs: Tensor) -> Tensor:
-        return self.logits_fn(pl_module, inputs)
-
-    def _normalized(self, images: Tensor) -> Tensor:
-        return (images - self._of_channels(self.mean, images)) / self._of_channels(self.std, images)
-
-    def _denormalized(self, inputs: Tensor) -> Tensor:
-        images = inputs.float() * self._of_channels(self.std, inputs) + self._of_channels(self.mean, inputs)
-        return images.clamp(0.0, 1.0)
-
-    @staticmethod
-    def _of_channels(values: Sequence[float] | None, like: Tensor) -> Tensor:
-        assert values is not None
-        return torch.tensor(tuple(values), device=like.device).reshape(1, -1, *[1] * (like.ndim - 2))
 
     # Results
 
@@ -322,7 +304,7 @@ class RobustnessEvaluation(pl.Callback):
         if inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
             return
         count = min(_NUM_PICTURES, len(inputs))
-        images = inputs if self.mean is None else self._denormalized(inputs)
+        images = self._scale.images(inputs)
         titles = [
             f"{true} → {guess}"
             for true, guess in zip(targets[:count].tolist(), result.logits.argmax(1)[:count].tolist(), strict=True)
