@@ -67,3 +67,4 @@ def test_from_scores_to_onnxruntime(tmp_path, name):
     with torch.no_grad():
         expected = net(images)
     assert (torch.from_numpy(logits).argmax(1) == expected.argmax(1)).float().mean() >= 0.9
+    assert session.run(None, {session.get_inputs()[0].name: images[:1].numpy()})[0].shape == (1, 10)
