@@ -3,6 +3,11 @@
 if __name__ != "lightning_plugins.callbacks":
     raise ImportError("import lightning_plugins.callbacks, not callbacks: a second name would load every class twice")
 
+from lightning_plugins.callbacks.calibration.calibration_monitor import CalibrationMonitor
+from lightning_plugins.callbacks.calibration.calibration_regularizer import CalibrationRegularizer
+from lightning_plugins.callbacks.calibration.classifier_head_calibration import ClassifierHeadCalibration
+from lightning_plugins.callbacks.calibration.mixed_sample_augmentation import MixedSampleAugmentation
+from lightning_plugins.callbacks.calibration.neural_collapse_monitor import NeuralCollapseMonitor
 from lightning_plugins.callbacks.calibration.post_hoc import PostHocCalibration
 from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
 from lightning_plugins.callbacks.quantization.bit_plan_qat import BitPlanQAT
@@ -11,7 +16,9 @@ from lightning_plugins.callbacks.quantization.multi_precision_qat import MultiPr
 from lightning_plugins.callbacks.quantization.post_training_quantization import PostTrainingQuantization
 from lightning_plugins.callbacks.robustness.adversarial_training import AdversarialTraining
 from lightning_plugins.callbacks.robustness.adversarial_weight_perturbation import AdversarialWeightPerturbation
+from lightning_plugins.callbacks.robustness.catastrophic_overfitting_guard import CatastrophicOverfittingGuard
 from lightning_plugins.callbacks.robustness.deferred_reweighting import DeferredReweighting
+from lightning_plugins.callbacks.robustness.free_adversarial_training import FreeAdversarialTraining
 from lightning_plugins.callbacks.robustness.robustness_evaluation import RobustnessEvaluation
 from lightning_plugins.callbacks.training_step import TrainingStepCallback
 
@@ -20,9 +27,16 @@ __all__ = [
     "AdversarialWeightPerturbation",
     "BinaryQAT",
     "BitPlanQAT",
+    "CalibrationRegularizer",
+    "CalibrationMonitor",
+    "CatastrophicOverfittingGuard",
+    "ClassifierHeadCalibration",
     "DeferredReweighting",
+    "FreeAdversarialTraining",
     "MixedPrecisionQAT",
+    "MixedSampleAugmentation",
     "MultiPrecisionQAT",
+    "NeuralCollapseMonitor",
     "PostHocCalibration",
     "PostTrainingQuantization",
     "RobustnessEvaluation",

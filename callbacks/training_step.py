@@ -99,6 +99,10 @@ class TrainingStepCallback(pl.Callback):
             :meth:`replace` can find them). Default: the first two elements of a tuple or list.
         logits_fn: takes the module and inputs, returns logits ``(N, C)``. Default: ``pl_module(inputs)``.
 
+    Attributes:
+        replaces_loss: whether it drops the loss of the step for one of its own, from the inputs and targets it got.
+        replays_batch: whether it runs the step on another batch than the one it got.
+
     Raises:
         MisconfigurationException: in ``setup``, for a module with manual optimization or with a ``dataloader_iter``
             step.
@@ -114,6 +118,8 @@ class TrainingStepCallback(pl.Callback):
 
     batch_fn: BatchFn = staticmethod(inputs_and_targets)
     logits_fn: LogitsFn = staticmethod(forward_logits)
+    replaces_loss = False
+    replays_batch = False
     _chain: _StepChain | None = None
 
     def __init__(self, *, batch_fn: BatchFn | None = None, logits_fn: LogitsFn | None = None) -> None:

@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--resume", metavar="PATH", help="go on from a checkpoint, or from the last one of a run's folder"
     )
+    command.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="train nothing: test these weights, a checkpoint or the last one of a run's folder, whose module and data "
+        "then take the place of the recipe's",
+    )
     command.add_argument("--root", default="runs", help="folder of all runs (default: %(default)s)")
     command.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     command.set_defaults(function=_run)
@@ -136,7 +142,14 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         with warnings.catch_warnings():
             for message in _NOISE:
                 warnings.filterwarnings("ignore", message)
-            run_dir = run(recipe, overrides, logger=arguments.logger, resume=arguments.resume, root=arguments.root)
+            run_dir = run(
+                recipe,
+                overrides,
+                logger=arguments.logger,
+                resume=arguments.resume,
+                weights=arguments.checkpoint,
+                root=arguments.root,
+            )
     except RunInterrupted as interruption:
         print(f"\n{interruption}", file=sys.stderr)
         return 130

@@ -53,16 +53,23 @@ class RecipeCLI(LightningCLI):
         overrides: ``--key=value`` strings.
         run_dir: folder of the run; None builds the bare recipe, with the Trainer's own defaults for logs.
         loggers: what the Trainer logs to in a run.
+        base: a configuration in YAML that wins over the recipe and yields to ``overrides``.
     """
 
     def __init__(
-        self, recipe: Recipe, overrides: Sequence[str], *, run_dir: Path | None = None, loggers: Sequence[Logger] = ()
+        self,
+        recipe: Recipe,
+        overrides: Sequence[str],
+        *,
+        run_dir: Path | None = None,
+        loggers: Sequence[Logger] = (),
+        base: str | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.loggers = list(loggers)
         try:
             super().__init__(
-                args=["--config", recipe.text, *overrides],
+                args=["--config", recipe.text, *([] if base is None else ["--config", base]), *overrides],
                 run=False,
                 save_config_callback=None if run_dir is None else SaveConfigCallback,
                 parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
@@ -113,6 +120,7 @@ def run(
     *,
     logger: LoggerName = "csv",
     resume: str | None = None,
+    weights: str | None = None,
     root: str = "runs",
 ) -> Path:
     """Train, test, export and report; return the run's folder.
@@ -122,19 +130,26 @@ def run(
         overrides: ``--key=value`` strings.
         logger: where metrics and pictures go besides the files in the run's folder.
         resume: a checkpoint, or the folder of an earlier run; its weights, optimizer and callbacks go on from there.
+        weights: a checkpoint, or the folder of an earlier run, to test instead of training. The module and data of that
+            run, where its configuration lies beside the checkpoint, take the place of the recipe's.
         root: folder of all runs; this one becomes ``root/<recipe>/<time>``.
 
     Raises:
         ValueError: for a wrong override, an unusable checkpoint or a folder that cannot be written.
         RunInterrupted: after Ctrl-C.
     """
+    if resume is not None and weights is not None:
+        raise ValueError("--resume trains on and --checkpoint only tests; pass one of them")
     checkpoint = None if resume is None else find_checkpoint(resume)
+    tested_weights = None if weights is None else find_checkpoint(weights)
     command = ["lightning-plugins", "run", recipe.source, *overrides]
+    command += ["--checkpoint", weights] if weights is not None else []
     command += ["--logger", logger] if logger != "csv" else []
     command += ["--root", root] if root != "runs" else []
     run_dir = _make_run_dir(root, recipe.name)
     try:
-        cli = RecipeCLI(recipe, overrides, run_dir=run_dir, loggers=_loggers(logger, run_dir, recipe.name))
+        base = None if tested_weights is None else _parts_of_run(tested_weights)
+        cli = RecipeCLI(recipe, overrides, run_dir=run_dir, loggers=_loggers(logger, run_dir, recipe.name), base=base)
     except BaseException:
         if not any(run_dir.iterdir()):
             run_dir.rmdir()
@@ -146,25 +161,28 @@ def run(
     define_metric(trainer, "val/acc", summary="max")
 
     seconds: dict[str, float] = {}
-    start = time.monotonic()
-    try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as error:
-        if trainer.state.status != TrainerStatus.INTERRUPTED:
-            raise
-        raise RunInterrupted(_how_to_resume(run_dir, command)) from error
-    seconds["fit"] = time.monotonic() - start
-    metrics = _floats(trainer.callback_metrics)
-    tested = "last"
+    metrics: dict[str, float] = {}
+    if tested_weights is None:
+        start = time.monotonic()
+        try:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as error:
+            if trainer.state.status != TrainerStatus.INTERRUPTED:
+                raise
+            raise RunInterrupted(_how_to_resume(run_dir, command)) from error
+        seconds["fit"] = time.monotonic() - start
+        metrics = _floats(trainer.callback_metrics)
+    tested = "last" if tested_weights is None else tested_weights
     if is_overridden("test_step", module) and (datamodule is None or is_overridden("test_dataloader", datamodule)):
         start = time.monotonic()
         checkpoint_callback = trainer.checkpoint_callback
-        if getattr(checkpoint_callback, "monitor", None) is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        monitors = getattr(checkpoint_callback, "monitor", None) is not None
+        if tested_weights is None and monitors and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             tested = "best"
         trainer.test(
             module,
             datamodule=datamodule,
-            ckpt_path="best" if tested == "best" else None,
+            ckpt_path=None if tested == "last" else tested,
             weights_only=True,
             verbose=False,
         )
@@ -198,6 +216,16 @@ def find_checkpoint(path: str) -> str:
             f"the checkpoint {str(found)!r} is damaged or is no Lightning checkpoint; resume from another one"
         )
     return str(found)
+
+
+def _parts_of_run(checkpoint: str) -> str | None:
+    """Return the module and the data of the run that a checkpoint lies in, as YAML; None if that is unknown."""
+    for folder in list(Path(checkpoint).absolute().parents)[:2]:
+        file = folder / "config.yaml"
+        if file.is_file():
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            return str(yaml.safe_dump({name: config[name] for name in ("model", "data") if config.get(name)}))
+    return None
 
 
 def _make_run_dir(root: str, name: str) -> Path:
@@ -316,7 +344,10 @@ def _explain(message: str) -> str:
     ]
     value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", path, flags=re.MULTILINE)
     if expected and value:
-        class_paths_apart = [kind for kind in expected if not kind.startswith("dot import path")]
+        class_paths = [kind for kind in expected if kind.startswith("dot import path")]
+        # Where a class may be given, a list is a list of such classes.
+        also = {*class_paths, "list"} if class_paths else set()
+        class_paths_apart = [kind for kind in expected if kind not in also]
         kinds = " or ".join(dict.fromkeys(class_paths_apart or ["the path of a class, such as package.Class"]))
         return f"{key} must be {kinds}, got {value.group(1)}"
     text = re.sub(r"Problem with given class_path '.*':|Parser key \".*\":|Type .* expects a .*?:", "", text)

@@ -20,9 +20,16 @@ from lightning_plugins.callbacks import (
     AdversarialWeightPerturbation,
     BinaryQAT,
     BitPlanQAT,
+    CalibrationMonitor,
+    CalibrationRegularizer,
+    CatastrophicOverfittingGuard,
+    ClassifierHeadCalibration,
     DeferredReweighting,
+    FreeAdversarialTraining,
     MixedPrecisionQAT,
+    MixedSampleAugmentation,
     MultiPrecisionQAT,
+    NeuralCollapseMonitor,
     PostHocCalibration,
     PostTrainingQuantization,
     RobustnessEvaluation,
@@ -105,6 +112,14 @@ CALLBACKS = {
         changes_training=True,
         changes_structure=True,
     ),
+    "CalibrationMonitor": Row(partial(CalibrationMonitor, ["ece", "nll", "ks"], groups="label")),
+    "CatastrophicOverfittingGuard": Row(partial(CatastrophicOverfittingGuard, ATTACK, drop=1.0, **PIXELS)),
+    "FreeAdversarialTraining": Row(
+        partial(FreeAdversarialTraining, 0.02, num_replays=2, **PIXELS),
+        changes_training=True,
+        refuses=("accumulate",),
+    ),
+    "CalibrationRegularizer": Row(CalibrationRegularizer, changes_training=True),
     "DeferredReweighting": Row(partial(DeferredReweighting, counts=[40, 20, 4], start=0.0), changes_training=True),
     "InputNoise": Row(InputNoise, changes_training=True),
     "MixedPrecisionQAT": Row(
@@ -120,6 +135,7 @@ CALLBACKS = {
         changes_training=True,
         changes_structure=True,
     ),
+    "MixedSampleAugmentation": Row(MixedSampleAugmentation, changes_training=True),
     "MultiPrecisionQAT": Row(
         partial(MultiPrecisionQAT, (8, 4, 2), first_last_bits=2, stepping="sequential"),
         changes_training=True,
@@ -131,12 +147,17 @@ CALLBACKS = {
         changes_training=True,
         changes_structure=True,
     ),
+    "ClassifierHeadCalibration": Row(partial(ClassifierHeadCalibration, 20, num_epochs=2), changes_training=True),
+    "NeuralCollapseMonitor": Row(partial(NeuralCollapseMonitor, num_samples=30, mixed=True)),
     "PostHocCalibration": Row(PostHocCalibration, needs_validation=True),
     "PostTrainingQuantization": Row(partial(PostTrainingQuantization, num_samples=16, num_steps=4, batch_size=8)),
     "RobustnessEvaluation": Row(
         partial(RobustnessEvaluation, ATTACK, {"fgsm": FGSMAttack(0.02)}, eps_grid=[0.01], **PIXELS)
     ),
 }
+
+
+LOSS_FROM_TARGETS = ("CalibrationRegularizer", "DeferredReweighting")
 
 
 def refused(first: str, second: str) -> str:
@@ -148,6 +169,14 @@ def refused(first: str, second: str) -> str:
         return "leave one of them out"
     if (one, two) == ("AdversarialTraining", "AdversarialWeightPerturbation"):
         return "must stand before it"
+    if two == "MixedSampleAugmentation" and (first == "AdversarialTraining, TRADES" or one in LOSS_FROM_TARGETS):
+        return "must stand behind MixedSampleAugmentation"
+    if (one, two) == ("MixedSampleAugmentation", "FreeAdversarialTraining"):
+        return "must stand before MixedSampleAugmentation"
+    if two == "CalibrationRegularizer" and first in ("AdversarialTraining, TRADES", "DeferredReweighting"):
+        return "must stand before it"
+    if {one, two} == {"AdversarialTraining", "FreeAdversarialTraining"}:
+        return "leave one of them out"
     if {"AdversarialTraining, TRADES", "DeferredReweighting"} == {first, second}:
         return "leave one of them out"
     return ""

@@ -205,6 +205,24 @@ def test_resuming_equals_a_straight_run(from_folder):
     assert (half / "checkpoints" / "last.ckpt").read_bytes() == kept
 
 
+def test_another_recipe_tests_the_weights_of_a_run_without_training(capsys):
+    assert main(["run", "quickstart", *SMALL, "--seed_everything=5"]) == 0
+    (trained,) = run_folders()
+    small = [argument for argument in SMALL if "model" not in argument]
+    folder = ["run", "robustness/evaluate", *small, "--trainer.callbacks=[]", "--checkpoint"]
+    assert main([*folder, str(trained)]) == 0
+    assert main([*folder, str(trained / "checkpoints" / "last.ckpt"), "--data.init_args.batch_size=100"]) == 0
+    first, second = (json.loads((run / "results.json").read_text()) for run in run_folders("robustness/evaluate"))
+    # The module is that of the run, of width 2, where the recipe has 8; the calibrator of the quickstart is not there.
+    assert first["metrics"]["test/acc"] == json.loads((trained / "results.json").read_text())["metrics"]["test/acc"]
+    assert set(first["seconds"]) == {"test"}
+    assert first["weights_tested"].endswith("last.ckpt")
+    assert "--checkpoint" in first["command"]
+    assert second["metrics"].keys() == first["metrics"].keys()
+    assert not (run_folders("robustness/evaluate")[0] / "checkpoints").exists()
+    assert "only tests; pass one of them" in fails(capsys, *folder, str(trained), "--resume", str(trained))
+
+
 def test_what_cannot_be_resumed_from_is_refused_before_a_folder_is_made(capsys):
     Path("empty").mkdir()
     Path("text.ckpt").write_text("not a checkpoint")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,7 @@ from lightning_plugins.calibration import (
     CalibratedModule,
     CalibrationError,
     Calibrator,
+    CalibratorSelection,
     ReliabilityBins,
     TemperatureScaling,
     reliability_bins,
@@ -30,7 +31,7 @@ from lightning_plugins.calibration import (
 from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._distributed import gather_rows
 from lightning_plugins.files import write_atomically
-from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics
+from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_table
 
 __all__ = ["PostHocCalibration"]
 
@@ -61,20 +62,25 @@ class PostHocCalibration(pl.Callback):
     """Fit a calibrator on the validation logits whenever validation runs, and calibrate ``test`` and ``predict``.
 
     During ``fit`` every validation fits anew, so each checkpoint holds the calibrator of its own weights; if the last
-    weights were not validated, they are after training. ``trainer.validate`` fits on demand, on any loader given to it.
+    weights were not validated, they are after training. A slow calibrator is fitted once, after training, with
+    ``when="fit_end"``; checkpoints written before then hold none. ``trainer.validate`` fits on demand either way, on
+    any loader given to it.
     Logits come for free from the ``forward`` call inside ``validation_step``; where there is no such single call, one
     more forward pass is made. In ``test`` and ``predict``, ``forward`` returns calibrated log-probabilities, which are
     logits too: a cross-entropy, softmax or argmax in the module's step needs no change.
 
     Logged (nats, and fractions in [0, 1]): ``calibration/nll_before``, ``nll_after``, ``ece_before``, ``ece_after`` on
     the data of the fit, with the calibrator's own quantities such as ``calibration/temperature``; the same four under
-    ``test/``; reliability diagrams ``calibration/reliability`` and ``test/reliability``. ECE after the fit, on the data
-    of the fit, flatters; the figures to quote are those of the test set.
+    ``test/``; reliability diagrams ``calibration/reliability`` and ``test/reliability``; where there was a choice, the
+    table ``calibration/selection`` and ``calibration/chosen``, the position of the winner. ECE after the fit, on the
+    data of the fit, flatters; the figures to quote are those of the test set.
 
     Data, weights and random state stay as they are, and the validation data must not be part of the training data.
 
     Args:
-        calibrator: any :class:`.Calibrator`; default temperature scaling.
+        calibrator: any :class:`.Calibrator`; default temperature scaling. A list is a :class:`.CalibratorSelection`
+            with its defaults: the one with the best cross-validated NLL on the validation data.
+        when: ``"validation"`` fits at every validation, ``"fit_end"`` once after training.
         num_bins: equal-width bins of ECE and of the diagrams, at least 1.
         dataloader_idx: which of several validation loaders to fit on.
         calibrate_outputs: whether ``forward`` is calibrated during ``test`` and ``predict``.
@@ -92,23 +98,29 @@ class PostHocCalibration(pl.Callback):
 
     def __init__(
         self,
-        calibrator: Calibrator | None = None,
+        calibrator: Calibrator | list[Calibrator] | None = None,
         *,
+        when: Literal["validation", "fit_end"] = "validation",
         num_bins: int = 15,
         dataloader_idx: int = 0,
         calibrate_outputs: bool = True,
         batch_fn: BatchFn | None = None,
         logits_fn: LogitsFn | None = None,
     ) -> None:
+        if isinstance(calibrator, (list, tuple)):
+            calibrator = calibrator[0] if len(calibrator) == 1 else CalibratorSelection(calibrator)
         if calibrator is not None and not isinstance(calibrator, Calibrator):
             raise TypeError(
                 f"calibrator must be a Calibrator such as TemperatureScaling(), got {type(calibrator).__name__}"
             )
+        if when not in ("validation", "fit_end"):
+            raise ValueError(f"when must be 'validation' or 'fit_end', got {when!r}")
         if num_bins < 1:
             raise ValueError(f"num_bins must be at least 1, got {num_bins!r}")
         if dataloader_idx < 0:
             raise ValueError(f"dataloader_idx must be at least 0, got {dataloader_idx!r}")
         self.calibrator = calibrator if calibrator is not None else TemperatureScaling()
+        self.when = when
         self.num_bins = num_bins
         self.dataloader_idx = dataloader_idx
         self.calibrate_outputs = calibrate_outputs
@@ -151,6 +163,8 @@ class PostHocCalibration(pl.Callback):
             "quantities": self.calibrator.quantities(),
             "fit_info": self.calibrator.fit_info,
         }
+        if isinstance(self.calibrator, CalibratorSelection):
+            info["chosen"] = self.calibrator.chosen
         state = {name: value.detach().cpu().contiguous() for name, value in self.calibrator.state_dict().items()}
         return [
             write_atomically(directory / "calibrator.safetensors", save(state)),
@@ -173,9 +187,16 @@ class PostHocCalibration(pl.Callback):
         if loaded and (self.dataloader_idx >= len(batches) or batches[self.dataloader_idx] == 0):
             self._refuse_no_data(f"validation loader {self.dataloader_idx} is empty or absent")
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.when == "fit_end":
+            self.fitted_at_step = None  # a calibrator of earlier weights must not enter the next checkpoints
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._logits, self._labels = [], []
-        self._tap = _ForwardTap(pl_module, None)
+        if self._fits_here(trainer):
+            self._tap = _ForwardTap(pl_module, None)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -191,23 +212,25 @@ class PostHocCalibration(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if dataloader_idx == self.dataloader_idx and not trainer.sanity_checking:
+        if dataloader_idx == self.dataloader_idx and self._fits_here(trainer):
             self._keep(*self._logits_and_labels(trainer, pl_module, batch))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_tap()
-        if not trainer.sanity_checking:
+        if self._fits_here(trainer):
             pl_module.log_dict(self._fit(trainer, pl_module), sync_dist=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._draw(trainer, "calibration/reliability")
+            self._draw_selection(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Checkpoint callbacks come last, so what they save at the end of training holds this fit.
         if self.fitted_at_step != trainer.global_step or not self._bins:
             log_metrics(trainer, self._validate(trainer, pl_module))
         self._draw(trainer, "calibration/reliability")
+        self._draw_selection(trainer)
 
     # Calibrated outputs, and what calibration gave on the test set
 
@@ -282,6 +305,10 @@ class PostHocCalibration(pl.Callback):
         self.fitted_at_step = state_dict["fitted_at_step"]
 
     # Mechanism
+
+    def _fits_here(self, trainer: pl.Trainer) -> bool:
+        """Whether the validation that is running ends in a fit."""
+        return not trainer.sanity_checking and (self.when == "validation" or trainer.state.fn == TrainerFn.VALIDATING)
 
     def _refuse_no_data(self, finding: str) -> None:
         raise MisconfigurationException(
@@ -379,3 +406,10 @@ class PostHocCalibration(pl.Callback):
     def _draw(self, trainer: pl.Trainer, key: str) -> None:
         if self._bins and trainer.loggers:
             log_figure(trainer, key, reliability_diagram(self._bins["before"], self._bins["after"]))
+
+    def _draw_selection(self, trainer: pl.Trainer) -> None:
+        if isinstance(self.calibrator, CalibratorSelection) and self.calibrator.fit_info and trainer.loggers:
+            columns = ["calibrator", f"cross-validated {self.calibrator.criterion}", "chosen"]
+            scores = self.calibrator.scores()
+            rows = [[name, value, "yes" if name == self.calibrator.chosen else ""] for name, value in scores.items()]
+            log_table(trainer, "calibration/selection", columns, rows)

@@ -116,6 +116,11 @@ class AdversarialTraining(TrainingStepCallback):
         self._zeros = MeanMetric(nan_strategy="disable")
         self._eps = 0.0
 
+    @property
+    def replaces_loss(self) -> bool:  # type: ignore[override]
+        """Whether an objective takes the place of the module's own loss."""
+        return self.objective is not None
+
     # Preparation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

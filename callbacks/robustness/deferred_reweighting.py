@@ -63,6 +63,8 @@ class DeferredReweighting(TrainingStepCallback):
         Cao et al., *Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss*, 2019.
     """
 
+    replaces_loss = True
+
     def __init__(
         self,
         loss: Loss = "ce",

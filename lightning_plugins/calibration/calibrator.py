@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,7 +21,8 @@ class Calibrator(nn.Module, ABC):
     a change of the floating type, such as ``.to(torch.bfloat16)`` on the model, leaves it alone.
 
     A subclass sets :attr:`preserves_ranking`, registers buffers whose first values make the identity map, and writes
-    ``_fit`` and ``_calibrate``.
+    ``_fit`` and ``_calibrate``. Buffers whose shape a fit decides are named in ``_sized_by_fit``: loading a state gives
+    them the saved shape.
 
     Attributes:
         preserves_ranking: whether the classes of a sample keep their order, and with it the predicted class.
@@ -40,8 +41,9 @@ class Calibrator(nn.Module, ABC):
         tensor([0.7500, 0.2500])
     """
 
-    preserves_ranking: ClassVar[bool]
+    preserves_ranking: bool
     fitted: Tensor
+    _sized_by_fit: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +132,13 @@ class Calibrator(nn.Module, ABC):
                 totals -= torch.stack([part.gather(1, index).sum(dtype=torch.float64) for part in (before, after)])
         before_total, after_total = (totals / len(labels)).tolist()
         return before_total, after_total
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self._sized_by_fit:
+            saved, buffer = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(saved, Tensor) and saved.shape != buffer.shape:
+                setattr(self, name, buffer.new_empty(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_plugins.calibration.predictions import (
+    Predictions,
+    ScoreMetric,
+    accumulator,
+    check_input,
+    check_num_bins,
+    raise_for,
+    top_label,
+)
 
 __all__ = ["CalibrationError", "Norm", "Predictions", "ReliabilityBins", "ece", "reliability_bins"]
 
 Norm = Literal["l1", "l2", "max"]
 """How gaps of bins become one number: weighted mean (ECE), root of the weighted mean square, largest (MCE)."""
-
-Predictions = Literal["probs", "logits", "log_probs"]
-"""What the rows of scores are."""
 
 Sums = tuple[Tensor, Tensor, Tensor]
 
@@ -55,7 +60,7 @@ class ReliabilityBins:
         """Return the calibration error in [0, 1] under a norm; NaN without samples."""
         filled = self.count > 0
         sums = (self.confidence * self.count).where(filled, 0.0), (self.accuracy * self.count).where(filled, 0.0)
-        return _error(self.count, *sums, norm).item()
+        return error_of_bins(self.count, *sums, norm).item()
 
 
 def ece(
@@ -93,7 +98,7 @@ def ece(
         C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, eqs. 2-5.
     """
     _check_options(num_bins, norm, input)
-    return _error(*_sums_of(probs, labels, num_bins, input), norm).float()
+    return error_of_bins(*bin_sums(probs, labels, num_bins, input), norm).float()
 
 
 def reliability_bins(
@@ -116,14 +121,31 @@ def reliability_bins(
         tensor([0., 3.], dtype=torch.float64)
     """
     _check_options(num_bins, "l1", input)
-    return _bins_from_sums(*_sums_of(probs, labels, num_bins, input))
+    return _bins_from_sums(*bin_sums(probs, labels, num_bins, input))
 
 
-class CalibrationError(Metric):
+class _BinSum:
+    """A sum for each bin whose reading and writing come after the samples that wait to be added."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.key = f"_{name}"
+
+    def __get__(self, metric: CalibrationError, owner: type | None = None) -> Tensor:
+        metric._add_waiting()
+        total: Tensor = metric.__dict__[self.key]
+        return total
+
+    def __set__(self, metric: CalibrationError, value: Tensor) -> None:
+        metric._add_waiting()
+        metric.__dict__[self.key] = value
+
+
+class CalibrationError(ScoreMetric):
     """Calibration error of the predicted classes, from three running sums for each bin; :func:`ece` says what it is.
 
-    Memory does not grow with the data. On a CPU, wrong input is refused by ``update``; on other devices, where looking
-    would make the device wait, by ``compute``.
+    Memory does not grow with the data: up to 16 batches of up to 512 samples wait to be added together. On a
+    CPU, wrong input is refused by ``update``; on other devices, where looking would make the device wait, by
+    ``compute``.
 
     Args:
         num_bins: at least 1.
@@ -150,145 +172,71 @@ class CalibrationError(Metric):
         tensor(4., dtype=torch.float64)
     """
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = False
-    plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    count: Tensor
-    confidence: Tensor
-    correct: Tensor
-    problems: Tensor
+    count = _BinSum()
+    confidence = _BinSum()
+    correct = _BinSum()
 
     def __init__(self, num_bins: int = 15, *, norm: Norm = "l1", input: Predictions = "probs") -> None:
-        super().__init__()
+        super().__init__(input=input)
         _check_options(num_bins, norm, input)
-        self.num_bins, self.norm, self.input = num_bins, norm, input
+        self.num_bins, self.norm = num_bins, norm
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         for name in ("count", "confidence", "correct"):
             self.add_state(name, torch.zeros(num_bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("problems", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Add a batch."""
-        confidence, correct, problems = _top_label(probs, labels, self.input)
-        if problems.device.type != "cpu":
-            self.problems = self.problems + problems
-        sums = (self.count, self.confidence, self.correct)
-        self.count, self.confidence, self.correct = _add_to_bins(sums, confidence, correct)
+        confidence, correct, problems = top_label(probs, labels, self.input)
+        self._note(problems)
+        waiting = self._waiting
+        # A bin's edges depend on the type of the confidences.
+        if waiting and (confidence.dtype != waiting[0][0].dtype or confidence.device != waiting[0][0].device):
+            self._add_waiting()
+        waiting.append((confidence, correct))
+        # Binning a small batch costs nearly as much as a large one: many small operations.
+        if len(waiting) == 16 or len(confidence) > 512:
+            self._add_waiting()
 
     def compute(self) -> Tensor:
         """Return the calibration error of all batches, of all processes."""
-        _raise_for(self.problems, self.input)
-        return _error(self.count, self.confidence, self.correct, self.norm).float()
+        self._raise_for_problems()
+        return error_of_bins(self.count, self.confidence, self.correct, self.norm).float()
 
     def bins(self) -> ReliabilityBins:
         """Return the bins for a diagram, of all processes; with several processes, all of them must call it."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=not self._is_synced):
-            _raise_for(self.problems, self.input)
+            self._raise_for_problems()
             return _bins_from_sums(self.count, self.confidence, self.correct)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
-        def with_fallback(tensor: Tensor) -> Tensor:
-            try:
-                return fn(tensor)
-            except TypeError:  # a device without float64, such as mps
-                return fn(tensor.float())
-
-        return super()._apply(with_fallback, exclude_state)
+    def _add_waiting(self) -> None:
+        if not self._waiting:
+            return
+        confidence, correct = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        state = self.__dict__  # an attribute of a module is set fifty times as slowly
+        sums = (state["_count"], state["_confidence"], state["_correct"])
+        state["_count"], state["_confidence"], state["_correct"] = add_to_bins(sums, confidence, correct)
 
 
 def _check_options(num_bins: int, norm: Norm, input: Predictions) -> None:
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins!r}; 15 is customary")
+    check_num_bins(num_bins)
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {norm!r}")
-    if input not in get_args(Predictions):
-        raise ValueError(f"input must be one of {', '.join(get_args(Predictions))}, got {input!r}")
+    check_input(input)
 
 
-def _check_form(scores: Tensor, labels: Tensor, input: Predictions) -> None:
-    if not scores.is_floating_point():
-        raise TypeError(f"{input} must be floating-point, got {scores.dtype}; pass scores, not predicted classes")
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ValueError(
-            f"{input} must have shape (N, C) with at least 2 classes, got {tuple(scores.shape)}; for p = P(class 1) "
-            "pass torch.stack([1 - p, p], 1), for dense predictions scores.movedim(1, -1).flatten(0, -2)"
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer classes, got {labels.dtype}; use labels.argmax(1) or labels.long()")
-    if labels.shape != scores.shape[:1]:
-        raise ValueError(
-            f"labels must have shape ({len(scores)},), one class for each row, got {tuple(labels.shape)}; pass class "
-            "indices, not one-hot rows"
-        )
+def add_to_bins(sums: Sums, confidence: Tensor, correct: Tensor) -> Sums:
+    """Add samples to each bin's number of samples, sum of confidences, and number of right predictions.
 
-
-def _top_label(scores: Tensor, labels: Tensor, input: Predictions) -> tuple[Tensor, Tensor, Tensor]:
-    """Return confidence ``(N,)``, correctness ``(N,)``, and whether the scores and the labels are wrong ``(2,)``.
-
-    On a CPU wrong ones raise; elsewhere finding out would make the device wait.
+    Example:
+        >>> zeros = torch.zeros(2)
+        >>> add_to_bins((zeros, zeros, zeros), torch.tensor([0.75, 1.0]), torch.tensor([True, False]))
+        (tensor([0., 2.]), tensor([0.0000, 1.7500]), tensor([0., 1.]))
     """
-    _check_form(scores, labels, input)
-    scores, labels = scores.detach(), labels.long()
-    tolerance = max(1e-3, 2 * torch.finfo(scores.dtype).eps)
-    if scores.dtype not in (torch.float32, torch.float64):
-        scores = scores.float()
-    if len(scores) == 0:
-        return scores.new_zeros(0), labels.bool(), labels.new_zeros(2)
-    num_classes = scores.shape[1]
-    top = scores.amax(1)
-    if input == "logits":
-        confidence = (scores - top[:, None]).exp_().sum(1).reciprocal_()
-        # A row's confidence is at least 1 / C, unless it holds NaN or +infinity.
-        bounds, least_allowed, most_allowed = confidence.aminmax(), 0.5 / num_classes, 2.0
-        smallest = top.new_zeros(())
-    else:
-        probs = scores if input == "probs" else scores.exp()
-        confidence = top if input == "probs" else top.exp()
-        bounds, least_allowed, most_allowed = probs.sum(1).aminmax(), 1 - tolerance, 1 + tolerance
-        smallest = probs.amin()
-    first, last = labels.aminmax()
-    if scores.device.type != "cpu":
-        # NaN fails every comparison.
-        good_scores = (bounds.min >= least_allowed) & (bounds.max <= most_allowed) & (smallest >= -tolerance)
-        good_labels = (first >= 0) & (last < num_classes)
-        return confidence, scores.argmax(1) == labels, torch.stack([~good_scores, ~good_labels]).long()
-    if not (bounds.min.item() >= least_allowed and bounds.max.item() <= most_allowed and smallest.item() >= -tolerance):
-        low, high = (float(bound) for bound in scores.aminmax())
-        raise ValueError(f"{_WRONG_SCORES[input]}; found values from {low:g} to {high:g}")
-    if not (first.item() >= 0 and last.item() < num_classes):
-        raise ValueError(f"{_WRONG_LABELS}; found {int(first)} to {int(last)} for {num_classes} classes")
-    # An argmax takes five times as long as looking at the label's own score. Only a tie needs one, and no two classes
-    # can share more than half of the probability each.
-    correct = scores.gather(1, labels[:, None]).squeeze(1) == top
-    tied = (correct & (confidence <= 0.5)).nonzero().squeeze(1)
-    if len(tied):
-        correct[tied] = scores[tied].argmax(1) == labels[tied]
-    return confidence, correct, labels.new_zeros(2)
-
-
-_WRONG_SCORES = {
-    "probs": 'probs must be finite, in [0, 1] and sum to 1 in every row; for raw network outputs pass input="logits"',
-    "logits": "logits must not hold NaN or +infinity; drop those rows",
-    "log_probs": "log_probs must not hold NaN, and their exponentials must sum to 1 in every row; for raw network "
-    'outputs pass input="logits"',
-}
-_WRONG_LABELS = "labels must lie in [0, C); drop the rows of ignored labels"
-
-
-def _raise_for(problems: Tensor, input: Predictions) -> None:
-    wrong_scores, wrong_labels = problems.tolist()
-    if wrong_scores:
-        raise ValueError(f"{_WRONG_SCORES[input]}; found in {wrong_scores} of the updates")
-    if wrong_labels:
-        raise ValueError(f"{_WRONG_LABELS}; found others in {wrong_labels} of the updates")
-
-
-def _add_to_bins(sums: Sums, confidence: Tensor, correct: Tensor) -> Sums:
-    """Add samples to each bin's number of samples, sum of confidences, and number of right predictions."""
     count, confidences, rights = sums
-    index = torch.bucketize(confidence, _inner_edges(len(count), confidence.dtype, confidence.device))
+    index = bin_index(confidence, len(count))
     confidence = confidence.to(count.dtype)
     # Not in place: a state that was reset under inference mode could not be written outside of it.
     return (
@@ -298,22 +246,51 @@ def _add_to_bins(sums: Sums, confidence: Tensor, correct: Tensor) -> Sums:
     )
 
 
+def bin_index(probs: Tensor, num_bins: int) -> Tensor:
+    """Return the number of the equal-width bin ``(lo, hi]`` of each probability; 0 is in the first.
+
+    Example:
+        >>> bin_index(torch.tensor([0.0, 0.25, 0.26, 1.0]), 4)
+        tensor([0, 0, 1, 3])
+    """
+    edges = _edges(num_bins, probs.dtype, probs.device)
+    if probs.device.type != "cpu":
+        return torch.bucketize(probs, edges[1:-1])
+    # A search mispredicts half of its branches. Rounding puts a product beside its bin at most, next to an edge.
+    index = (probs * num_bins).ceil_().sub_(1).clamp_(0, num_bins - 1).long()
+    too_low = probs > edges[1:].take(index)
+    too_high = probs <= edges.take(index)
+    return index.add_(too_low).sub_(too_high.long())
+
+
 @functools.lru_cache(maxsize=32)
-def _inner_edges(num_bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _edges(num_bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # In the type of the confidences: 0.2 in float32 lies above 0.2 in float64, and belongs to the bin below it.
-    return (torch.arange(1, num_bins, dtype=torch.float64) / num_bins).to(device=device, dtype=dtype)
+    edges = (torch.arange(num_bins + 1, dtype=torch.float64) / num_bins).to(device=device, dtype=dtype)
+    edges[0], edges[-1] = -torch.inf, torch.inf  # rounding takes a probability out of [0, 1]
+    return edges
 
 
-def _sums_of(probs: Tensor, labels: Tensor, num_bins: int, input: Predictions) -> Sums:
-    confidence, correct, problems = _top_label(probs, labels, input)
-    _raise_for(problems, input)
-    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
-    zeros = torch.zeros(num_bins, dtype=dtype, device=probs.device)
-    return _add_to_bins((zeros, zeros, zeros), confidence, correct)
+def bin_sums(probs: Tensor, labels: Tensor, num_bins: int, input: Predictions) -> Sums:
+    """Return each bin's number of samples, sum of confidences, and number of right predictions.
+
+    Example:
+        >>> bin_sums(torch.eye(2), torch.tensor([0, 0]), 1, "probs")[2]
+        tensor([1.], dtype=torch.float64)
+    """
+    confidence, correct, problems = top_label(probs, labels, input)
+    raise_for(problems, input)
+    zeros = torch.zeros(num_bins, dtype=accumulator(probs.device), device=probs.device)
+    return add_to_bins((zeros, zeros, zeros), confidence, correct)
 
 
-def _error(count: Tensor, confidence: Tensor, correct: Tensor, norm: Norm) -> Tensor:
-    """Return the calibration error from the sums of the bins."""
+def error_of_bins(count: Tensor, confidence: Tensor, correct: Tensor, norm: Norm) -> Tensor:
+    """Return the calibration error from the sums of the bins; NaN without samples.
+
+    Example:
+        >>> error_of_bins(torch.tensor([0, 10.0]), torch.tensor([0, 9.0]), torch.tensor([0, 6.0]), "l1")
+        tensor(0.3000)
+    """
     total = count.sum()
     gap = (confidence - correct).abs()
     if norm == "l1":

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_over_eps_figure", "attacked_images_figure", "class_accuracy_figure"]
+__all__ = ["accuracy_over_eps_figure", "attacked_images_figure", "class_accuracy_figure", "comparison_figure"]
 
 
 def class_accuracy_figure(clean: Tensor, robust: Tensor, names: Sequence[str] | None = None) -> Figure:
@@ -91,4 +91,30 @@ def accuracy_over_eps_figure(accuracies: Mapping[float, float]) -> Figure:
     axes.set_ylim(0, 104)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def comparison_figure(values: Mapping[str, Sequence[float]], labels: Sequence[str]) -> Figure:
+    """Draw the accuracies of several nets as groups of bars.
+
+    Args:
+        values: for each net its accuracies in [0, 1].
+        labels: what the accuracies are of, one for each.
+    """
+    from matplotlib.figure import Figure
+
+    colors = ("#bbbbbb", "#4477aa", "#ee6677", "#228833")
+    figure = Figure(figsize=(max(5.0, 0.9 * len(values) + 1.5), 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        places = [place + (number - (len(labels) - 1) / 2) * width for place in range(len(values))]
+        heights = [100 * each[number] for each in values.values()]
+        bars = axes.bar(places, heights, width, color=colors[number % len(colors)], label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+    axes.set_xticks(range(len(values)), list(values), rotation=30 if len(values) > 4 else 0)
+    axes.set_ylabel("accuracy under attack (%)")
+    axes.set_ylim(0, 105)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=len(labels))
     return figure

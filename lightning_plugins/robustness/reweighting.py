@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_plugins.losses import ClassLoss as _ClassLoss
+from lightning_plugins.losses import FocalLoss, Normalise, Reduction, focal_loss
+from lightning_plugins.losses import check_at_least_0 as _check_at_least_0
+from lightning_plugins.losses import check_choice as _check_choice
+from lightning_plugins.losses import checked_logits as _logits
+from lightning_plugins.losses import per_class as _per_class
+from lightning_plugins.losses import reduced as _reduced
 
 __all__ = [
     "BalancedSoftmaxLoss",
@@ -42,12 +50,6 @@ __all__ = [
 
 Rescale = Literal["mean", "prior", "none"]
 """Weights with mean 1 over classes, with mean 1 over training samples, or as the formula gives them."""
-
-Normalise = Literal["batch_size", "batch_weight"]
-"""What a weighted mean divides by: the number of samples, or the sum of their weights."""
-
-Reduction = Literal["mean", "sum", "none"]
-"""One mean over the batch, one sum, or one value per sample."""
 
 Counts = Sequence[int] | Tensor
 
@@ -179,49 +181,6 @@ def weighted_cross_entropy(
         tensor(0.6931)
     """
     losses = F.cross_entropy(_logits(logits, target), target, reduction="none")
-    return _reduced(losses, target, weight, logits, normalise, reduction)
-
-
-def focal_loss(
-    logits: Tensor,
-    target: Tensor,
-    gamma: float = 2.0,
-    weight: Tensor | None = None,
-    *,
-    normalise: Normalise = "batch_size",
-    reduction: Reduction = "mean",
-) -> Tensor:
-    r"""Return cross-entropy that turns away from what is right already, :math:`-w_y (1 - p_y)^\gamma \log p_y`.
-
-    :math:`p_y` is the probability of the true class; the weight multiplies outside. (The code released with LDAM takes
-    it from the weighted loss, which is no probability any more.)
-
-    Args:
-        logits: ``(N, C)``.
-        target: true classes ``(N,)``, integers in ``[0, C)``.
-        gamma: at least 0; 0 is cross-entropy. The paper takes 2, LDAM's comparison 1.
-        weight: of each class ``(C,)``, at least 0; None for ones.
-        normalise: as in :func:`weighted_cross_entropy`.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Returns:
-        A scalar, or ``(N,)``, at least 0.
-
-    Raises:
-        ValueError: for ``gamma`` out of range, wrong shapes or an unknown choice.
-
-    Example:
-        >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0)  # log(2) / 2
-        tensor(0.3466)
-
-    Reference:
-        T.-Y. Lin, P. Goyal, R. Girshick, K. He, P. Dollar, "Focal Loss for Dense Object Detection", ICCV 2017, eq. 4.
-    """
-    _check_at_least_0("gamma", gamma)
-    cross_entropy = F.cross_entropy(_logits(logits, target), target, reduction="none")
-    # Kept off 0, where a power below 1 has an infinite slope; the loss is 0 there all the same.
-    wrong = -torch.expm1(-cross_entropy)
-    losses = wrong.clamp_min(torch.finfo(wrong.dtype).tiny).pow(gamma) * cross_entropy
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
@@ -417,20 +376,6 @@ def adjust_logits(logits: Tensor, counts: Counts, tau: float = 1.0) -> Tensor:
     return logits - _offsets(counts, tau, logits).to(logits.dtype)
 
 
-class _ClassLoss(nn.Module):
-    """What the modules share: per-class tensors that move with the module and follow from its arguments."""
-
-    weight: Tensor | None
-
-    def __init__(self, weight: Sequence[float] | Tensor | None, normalise: Normalise) -> None:
-        super().__init__()
-        _check_choice("normalise", normalise, Normalise)
-        self.normalise: Normalise = normalise
-        # Not in the state_dict: they follow from the arguments, and a schedule may change the weight between epochs.
-        values = None if weight is None else torch.as_tensor(weight, dtype=torch.float32).clone()
-        self.register_buffer("weight", values, persistent=False)
-
-
 class WeightedCrossEntropy(_ClassLoss):
     """:func:`weighted_cross_entropy` as a module; assign its ``weight`` to change it between epochs.
 
@@ -450,38 +395,6 @@ class WeightedCrossEntropy(_ClassLoss):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss of logits ``(N, C)`` and classes ``(N,)``."""
         return weighted_cross_entropy(logits, target, self.weight, normalise=self.normalise)
-
-
-class FocalLoss(_ClassLoss):
-    """:func:`focal_loss` as a module; assign its ``weight`` to change it between epochs.
-
-    Args:
-        gamma: at least 0; 0 is cross-entropy.
-        weight: of each class ``(C,)``, at least 0; None for ones.
-        normalise: ``"batch_size"`` or ``"batch_weight"``.
-
-    Raises:
-        ValueError: for ``gamma`` out of range.
-
-    Example:
-        >>> FocalLoss(gamma=1.0)(torch.zeros(1, 2), torch.tensor([0]))
-        tensor(0.3466)
-    """
-
-    def __init__(
-        self,
-        gamma: float = 2.0,
-        weight: Sequence[float] | Tensor | None = None,
-        *,
-        normalise: Normalise = "batch_size",
-    ) -> None:
-        super().__init__(weight, normalise)
-        _check_at_least_0("gamma", gamma)
-        self.gamma = gamma
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the mean loss of logits ``(N, C)`` and classes ``(N,)``."""
-        return focal_loss(logits, target, self.gamma, self.weight, normalise=self.normalise)
 
 
 class LDAMLoss(_ClassLoss):
@@ -697,29 +610,6 @@ def _rescaled(weights: Tensor, numbers: Tensor, rescale: Rescale) -> Tensor:
     return weights.float()
 
 
-def _logits(logits: Tensor, target: Tensor) -> Tensor:
-    """Return logits in float32 at least."""
-    if logits.ndim != 2 or target.shape != logits.shape[:1] or target.is_floating_point():
-        raise ValueError(
-            f"logits must be (N, C) and target integer classes (N,), got {tuple(logits.shape)} and "
-            f"{tuple(target.shape)} of {target.dtype}"
-        )
-    return _wide(logits)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _per_class(name: str, values: Tensor, logits: Tensor) -> Tensor:
-    """Return one number for each class ``(C,)``, where the logits are, in float32 at least."""
-    if values.shape != logits.shape[1:]:
-        raise ValueError(
-            f"{name} must hold one number for each of {logits.shape[1]} classes, got {tuple(values.shape)}"
-        )
-    return values.to(logits.device, torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
 def _offsets(counts: Counts, tau: float, logits: Tensor) -> Tensor:
     _check_finite("tau", tau)
     numbers = _counts(counts)
@@ -730,32 +620,6 @@ def _temperatures(counts: Counts, gamma: float, logits: Tensor) -> Tensor:
     _check_at_least_0("gamma", gamma)
     numbers = _counts(counts)
     return _per_class("counts", (numbers.max() / numbers).pow(gamma), logits)
-
-
-def _reduced(
-    losses: Tensor, target: Tensor, weight: Tensor | None, logits: Tensor, normalise: Normalise, reduction: Reduction
-) -> Tensor:
-    _check_choice("normalise", normalise, Normalise)
-    _check_choice("reduction", reduction, Reduction)
-    total: Tensor | int = len(losses)
-    if weight is not None:
-        share = _per_class("weight", weight, logits)[target]
-        losses = share * losses
-        if normalise == "batch_weight":
-            total = share.sum()
-    if reduction == "none":
-        return losses
-    return losses.sum() / total if reduction == "mean" else losses.sum()
-
-
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
-
-
-def _check_at_least_0(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
 
 
 def _check_finite(name: str, value: float) -> None:

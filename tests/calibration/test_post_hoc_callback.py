@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.calibration import TemperatureScaling, ece
+from lightning_plugins.calibration import CalibratorSelection, HCalibration, TemperatureScaling, ece
 from lightning_plugins.callbacks import PostHocCalibration
 from toys import TinyModule, TorchvisionModule, assert_same_weights, image_and_label, make_trainer, toy_data
 
@@ -326,6 +326,9 @@ def test_networks_called_past_forward_fall_back_to_a_forward_pass(tmp_path):
     ("arguments", "error", "remedy"),
     [
         ({"calibrator": "temperature"}, TypeError, r"such as TemperatureScaling\(\)"),
+        ({"calibrator": []}, ValueError, "at least 2 to choose from"),
+        ({"calibrator": ["temperature", "vector"]}, TypeError, r"such as TemperatureScaling\(\)"),
+        ({"when": "never"}, ValueError, "when must be 'validation' or 'fit_end', got 'never'"),
         ({"num_bins": 0}, ValueError, "num_bins must be at least 1, got 0"),
         ({"dataloader_idx": -1}, ValueError, "dataloader_idx must be at least 0, got -1"),
     ],
@@ -399,3 +402,76 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     make_trainer(tmp_path, 2, again).fit(other, ckpt_path=tmp_path / "done.ckpt", weights_only=True)
     assert_same_weights(module, other)
     assert again.calibrator.temperature == callback.calibrator.temperature
+
+
+class CountsFits(TemperatureScaling):
+    fits = 0
+
+    def _fit(self, logits: Tensor, labels: Tensor) -> Any:
+        self.fits += 1
+        return super()._fit(logits, labels)
+
+
+def test_a_slow_calibrator_is_fitted_once_after_training_and_on_validate(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    callback, module = PostHocCalibration(CountsFits(), when="fit_end"), Noisy()
+    trainer = make_trainer(tmp_path, 3, callback, checkpoint, enable_checkpointing=True)
+    trainer.fit(module)
+    assert callback.calibrator.fits == 1
+    assert callback.fitted_at_step == trainer.global_step
+    expected = TemperatureScaling().fit(*logits_of(module, module.val_dataloader()))
+    assert callback.calibrator.temperature == pytest.approx(expected.temperature, rel=1e-6)
+    early = PostHocCalibration(when="fit_end")
+    path = sorted(tmp_path.glob("epoch=0*.ckpt"))[0]
+    with pytest.raises(MisconfigurationException, match="no fitted calibrator"):
+        make_trainer(tmp_path, 1, early).test(Noisy(), ckpt_path=path, weights_only=True, verbose=False)
+    trainer.validate(module, verbose=False)
+    assert callback.calibrator.fits == 2
+    assert "calibration/temperature" in trainer.callback_metrics
+
+
+def test_a_run_that_goes_on_drops_the_calibrator_of_earlier_weights(tmp_path):
+    callback, module = PostHocCalibration(when="fit_end"), Noisy()
+    trainer = make_trainer(tmp_path, 1, callback)
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    class Looks(pl.Callback):
+        states: list[dict[str, Any]] = []
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.states.append(trainer.callbacks[0].state_dict())
+
+    again = PostHocCalibration(when="fit_end")
+    make_trainer(tmp_path, 2, again, Looks()).fit(Noisy(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert Looks.states == [{}]
+    assert again.is_fitted
+
+
+@pytest.mark.filterwarnings("ignore:.*HCalibration")
+def test_of_a_list_the_best_by_cross_validation_is_used_and_logged(tmp_path):
+    candidates = [HCalibration(max_epochs=20), TemperatureScaling()]
+    callback, module = PostHocCalibration(candidates, when="fit_end"), Noisy()
+    trainer = make_trainer(tmp_path, 3, callback, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
+    trainer.fit(module)
+    selection = callback.calibrator
+    assert isinstance(selection, CalibratorSelection)
+    expected = CalibratorSelection([HCalibration(max_epochs=20), TemperatureScaling()])
+    expected.fit(*logits_of(module, module.val_dataloader()))
+    assert selection.scores() == pytest.approx(expected.scores(), rel=1e-6)
+    assert selection.chosen == expected.chosen
+    (table,) = (tmp_path / "media" / "calibration").glob("selection*")
+    assert "HCalibration" in table.read_text()
+    callback.export(tmp_path / "exports")
+    assert json.loads((tmp_path / "exports" / "calibration.json").read_text())["chosen"] == selection.chosen
+    trainer.validate(module, verbose=False)
+    assert float(trainer.callback_metrics["calibration/chosen"]) == selection._index
+    trainer.save_checkpoint(tmp_path / "done.ckpt")
+    fresh = PostHocCalibration([HCalibration(), TemperatureScaling()], when="fit_end")
+    make_trainer(tmp_path, 1, fresh).test(Noisy(), ckpt_path=tmp_path / "done.ckpt", weights_only=True, verbose=False)
+    assert fresh.calibrator.chosen == selection.chosen
+
+
+def test_a_list_of_one_is_that_one():
+    one = TemperatureScaling()
+    assert PostHocCalibration([one]).calibrator is one
