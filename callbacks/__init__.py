@@ -5,10 +5,12 @@ if __name__ != "lightning_plugins.callbacks":
 
 from lightning_plugins.callbacks.calibration.calibration_monitor import CalibrationMonitor
 from lightning_plugins.callbacks.calibration.calibration_regularizer import CalibrationRegularizer
+from lightning_plugins.callbacks.calibration.calibrator_comparison import CalibratorComparison
 from lightning_plugins.callbacks.calibration.classifier_head_calibration import ClassifierHeadCalibration
 from lightning_plugins.callbacks.calibration.mixed_sample_augmentation import MixedSampleAugmentation
 from lightning_plugins.callbacks.calibration.neural_collapse_monitor import NeuralCollapseMonitor
 from lightning_plugins.callbacks.calibration.post_hoc import PostHocCalibration
+from lightning_plugins.callbacks.distillation.distilled_set_evaluation import DistilledSetEvaluation
 from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
 from lightning_plugins.callbacks.quantization.bit_plan_qat import BitPlanQAT
 from lightning_plugins.callbacks.quantization.mixed_precision_qat import MixedPrecisionQAT
@@ -29,9 +31,11 @@ __all__ = [
     "BitPlanQAT",
     "CalibrationRegularizer",
     "CalibrationMonitor",
+    "CalibratorComparison",
     "CatastrophicOverfittingGuard",
     "ClassifierHeadCalibration",
     "DeferredReweighting",
+    "DistilledSetEvaluation",
     "FreeAdversarialTraining",
     "MixedPrecisionQAT",
     "MixedSampleAugmentation",

@@ -3,8 +3,8 @@ r"""Which post-hoc calibrator wins, on the outputs of four public networks?
     python benchmarks/claims/post_hoc.py --logits DIR \
         --json benchmarks/results/post_hoc.json --markdown docs/results/post_hoc.md
 
-Every calibrator of the package, with its defaults (h-calibration: at most 300 epochs), is fitted once on the calibration
-part of each set and measured on its test part, with 95 % percentile intervals over 200 resamples of the test samples.
+Every calibrator of the package, with its defaults (h-calibration: at most 300 epochs), is fitted once on the part of
+each set for calibration and measured on its test part, with 95 % percentile intervals over 200 resamples of the latter.
 Sets that come with a validation and a test part keep them (10,216 long-tailed and 10,000 balanced samples); the other
 two are cut at random, by torch's permutation of seed 0, into 5,000 and 5,000. What needs a choice of penalties takes
 the default ones, without cross-validation. ECE has 15 equal-width bins.
@@ -23,6 +23,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append("")
         for metric in METRICS:
             best, ties, worse = firsts[metric]
-            beside = f", with {len(ties)} others inside its interval" if ties else ", alone"
+            beside = f"; {len(ties)} more reach into its interval" if ties else ", alone"
             sad = f"; worse than no calibration: {', '.join(plain(name) for name in worse)}" if worse else ""
             lines.append(f"- {TITLES[metric].split(',')[0]}: {plain(best)} wins{beside}{sad}.")
         lines.append("")
@@ -160,10 +161,18 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         "*Value and 95 % interval over resamples of the test samples; bold: lowest; ↑: the interval lies wholly above "
-        "that of the uncalibrated logits. The choice of the lowest on these very samples flatters it a little. One fit "
+        "that of the uncalibrated logits. The noise of a resample adds to an error, so intervals of small errors lie "
+        "to the right of their value. The choice of the lowest on these very samples flatters it a little. One fit "
         f"each; {report['date'][:10]}; {versions}; {report['hardware']}, one thread.*",
     ]
     return "\n".join(lines) + "\n"
+
+
+def cpu() -> str:
+    """Return the name of the processor."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
+    return named.group(1) if named else platform.machine()
 
 
 def plain(name: str) -> str:
@@ -205,7 +214,7 @@ def main() -> None:
             "claim": "which post-hoc calibrator leaves the least error, on outputs of four public networks",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {package: importlib.metadata.version(package) for package in packages},
-            "hardware": platform.processor() or platform.machine(),
+            "hardware": cpu(),
             "settings": settings,
             "checks": checks(report["networks"]),
         }

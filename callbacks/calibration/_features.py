@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_plugins.batches import LogitsFn
-from lightning_plugins.data.loading import ImageDataset
+from lightning_plugins.data.loading import without_augmentation
 from lightning_plugins.features import PenultimateFeatures, classifier_layer
 
 
@@ -128,13 +127,3 @@ def training_batches(
 
 def _on_device(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-
-
-def without_augmentation(dataset: Any) -> Any:
-    """Return one of our own data sets without its augmentation; any other as it is."""
-    if isinstance(dataset, Subset):
-        return Subset(without_augmentation(dataset.dataset), dataset.indices)
-    if isinstance(dataset, ImageDataset) and dataset.augment is not None:
-        dataset = copy(dataset)
-        dataset.augment = None
-    return dataset

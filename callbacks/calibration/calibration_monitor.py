@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["CalibrationMonitor"]
 
 _STREAMING = ("ece", "mce", "classwise_ece", "nll", "brier")
-_ROWS = ("debiased_ece", "equal_mass_ece", "ks")
+_ROWS = ("debiased_ece", "equal_mass_ece", "ks", "smooth_ece")
 
 GroupFn = Callable[[Any, Tensor, Tensor], Tensor]
 """From a batch, its labels and predictions ``(N,)`` to groups ``(N,)``, integers from 0."""
@@ -45,9 +45,9 @@ class CalibrationMonitor(pl.Callback):
     groups, overlapping classes for instance, cancel in it.
 
     ``ece``, ``mce``, ``classwise_ece``, ``nll`` and ``brier``, the groups and the diagram are running sums, whose
-    memory does not grow with the data; ``debiased_ece``, ``equal_mass_ece`` and ``ks`` keep the log-probabilities of an
-    epoch on the CPU (50,000 x 1,000: 200 MB). With several processes every one holds the figures of all, samples that
-    a sampler repeats left out.
+    memory does not grow with the data; ``debiased_ece``, ``equal_mass_ece``, ``ks`` and ``smooth_ece`` keep the
+    log-probabilities of an epoch on the CPU (50,000 x 1,000: 200 MB). With several processes every one holds the
+    figures of all, samples that a sampler repeats left out.
 
     Args:
         metrics: names, of those above; default ``ece``, ``classwise_ece``, ``nll``, ``brier``.

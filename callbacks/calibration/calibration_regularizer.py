@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.calibration.h_calibration import h_calibration_loss
+from lightning_plugins.calibration.kernel_density import ece_kde
 from lightning_plugins.calibration.losses import mmce, soft_binned_ece, weighted_mmce
 from lightning_plugins.callbacks.calibration._order import before
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
@@ -20,7 +21,7 @@ from lightning_plugins.mixing import MixedLabels
 
 __all__ = ["CalibrationRegularizer"]
 
-Term = Literal["mmce", "weighted_mmce", "soft_ece", "h_loss"]
+Term = Literal["mmce", "weighted_mmce", "soft_ece", "ece_kde", "h_loss"]
 
 
 def _h_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -29,10 +30,16 @@ def _h_loss(logits: Tensor, target: Tensor) -> Tensor:
     return h_calibration_loss(logits.softmax(1), target, window=window)
 
 
+def _ece_kde(logits: Tensor, target: Tensor) -> Tensor:
+    # The likelihood of a bandwidth is not differentiable in it, and a batch is too small to choose one.
+    return ece_kde(logits, target, bandwidth=0.1, input="logits")
+
+
 _TERMS: dict[str, Callable[..., Tensor]] = {
     "mmce": mmce,
     "weighted_mmce": weighted_mmce,
     "soft_ece": soft_binned_ece,
+    "ece_kde": _ece_kde,
     "h_loss": _h_loss,
 }
 
@@ -55,7 +62,8 @@ class CalibrationRegularizer(TrainingStepCallback):
 
     Args:
         term: ``"mmce"``, ``"weighted_mmce"``, ``"soft_ece"`` (see :func:`.soft_binned_ece`, for batches of some 128
-            samples), or ``"h_loss"`` (see :func:`.h_calibration_loss`; experimental, not from its paper).
+            samples), ``"ece_kde"`` (see :func:`.ece_kde`, with bandwidth 0.1), or ``"h_loss"`` (see
+            :func:`.h_calibration_loss`; experimental, not from its paper).
         strength: factor of the term, at least 0; None is 2 for the two forms of MMCE, as in their code, and 1 for the
             others.
         batch_fn: takes the batch, returns its inputs and targets; default the first two elements of a tuple or list.

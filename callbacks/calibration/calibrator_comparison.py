@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -22,7 +22,6 @@ from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_
 from lightning_plugins.calibration import Calibrator
 from lightning_plugins.calibration._comparison import (
     REPORTED,
-    UNCALIBRATED,
     Contestant,
     comparison_figure,
     evaluate,

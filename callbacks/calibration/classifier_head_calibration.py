@@ -308,7 +308,7 @@ class ClassifierHeadCalibration(pl.Callback):
         for callback in callbacks:
             # One that has not been fitted to these weights yet will see the new head by itself.
             if isinstance(callback, PostHocCalibration) and callback.fitted_at_step == trainer.global_step:
-                metrics |= callback._validate(trainer, pl_module)
+                metrics |= callback.refit(trainer, pl_module)
         return metrics
 
 

@@ -228,7 +228,7 @@ class PostHocCalibration(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Checkpoint callbacks come last, so what they save at the end of training holds this fit.
         if self.fitted_at_step != trainer.global_step or not self._bins:
-            log_metrics(trainer, self._validate(trainer, pl_module))
+            log_metrics(trainer, self.refit(trainer, pl_module))
         self._draw(trainer, "calibration/reliability")
         self._draw_selection(trainer)
 
@@ -352,8 +352,8 @@ class PostHocCalibration(pl.Callback):
         self._logits.append(logits.cpu())
         self._labels.append(labels.cpu())
 
-    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Fit on the validation data outside of a validation run."""
+    def refit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Fit on the validation data outside of a validation run, and return what there is to log."""
         loader = CombinedLoader(trainer.val_dataloaders).flattened[self.dataloader_idx]
         limit = trainer.num_val_batches[self.dataloader_idx]
         modes = {module: module.training for module in pl_module.modules()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +22,7 @@ from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
-from lightning_plugins.data.loading import ImageDataset
+from lightning_plugins.data.loading import without_augmentation
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_table
 from lightning_plugins.quantization.accounting import cost
@@ -513,17 +512,8 @@ def _samples(loader: Any, count: int, *, seed: int) -> Any:
         return loader
     # A loader of our own: the original may be in the middle of an epoch that a checkpoint remembers.
     chosen = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))[:count]  # type: ignore[arg-type]
-    part: Dataset[Any] = Subset(_without_augmentation(loader.dataset), chosen.tolist())
+    part: Dataset[Any] = Subset(without_augmentation(loader.dataset), chosen.tolist())
     return DataLoader(part, batch_size=_ROWS, collate_fn=loader.collate_fn, generator=torch.Generator())
-
-
-def _without_augmentation(dataset: Any) -> Any:
-    if isinstance(dataset, Subset):
-        return Subset(_without_augmentation(dataset.dataset), dataset.indices)
-    if isinstance(dataset, ImageDataset) and dataset.augment is not None:
-        dataset = copy(dataset)
-        dataset.augment = None
-    return dataset
 
 
 def _fingerprint(module: nn.Module) -> int:

@@ -53,6 +53,16 @@ from lightning_plugins.calibration.monotone_maps import (
     TemperatureEnsemble,
     piecewise_linear,
 )
+from lightning_plugins.calibration.neural_collapse import (
+    MixedCollapse,
+    NeuralCollapse,
+    SimplexETFClassifier,
+    collapse_curves,
+    mixed_collapse,
+    neural_collapse,
+    simplex_etf,
+    unconstrained_mixup_feature,
+)
 from lightning_plugins.calibration.ranked import (
     aurc,
     debiased_ece,
@@ -69,16 +79,6 @@ from lightning_plugins.calibration.ranked_metrics import (
     KSError,
     SmoothCalibrationError,
     SweepCalibrationError,
-)
-from lightning_plugins.calibration.neural_collapse import (
-    MixedCollapse,
-    NeuralCollapse,
-    SimplexETFClassifier,
-    collapse_curves,
-    mixed_collapse,
-    neural_collapse,
-    simplex_etf,
-    unconstrained_mixup_feature,
 )
 from lightning_plugins.calibration.reliability import reliability_diagram
 from lightning_plugins.calibration.scoring import (

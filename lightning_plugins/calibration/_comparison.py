@@ -44,11 +44,14 @@ __all__ = [
     "evaluate",
     "fit_all",
     "named",
+    "ranked",
     "table_of",
 ]
 
 UNCALIBRATED = "uncalibrated"
 REPORTED = ("nll", "brier", "accuracy", "ece", "classwise_ece", "ks_error", "smooth_ece")
+_LOGITS: Predictions = "logits"
+_LOG_PROBS: Predictions = "log_probs"
 _PERCENT = {"accuracy", "ece", "equal_mass_ece", "ks_error", "smooth_ece", "debiased_ece"}
 _TITLES = {
     "nll": "NLL, nats",
@@ -241,11 +244,10 @@ def evaluate(
     for contestant in contestants:
         if contestant.failure is not None:
             continue
-        scores, kind = wide, "logits"
+        scores, input = wide, _LOGITS
         if contestant.calibrator is not None:
             with torch.no_grad():
-                scores, kind = contestant.calibrator(wide), "log_probs"
-        input: Predictions = "logits" if kind == "logits" else "log_probs"
+                scores, input = contestant.calibrator(wide), _LOG_PROBS
         report = calibration_report(
             scores, labels, num_bins=num_bins, num_bootstrap=num_bootstrap, seed=seed, input=input
         )
@@ -258,7 +260,8 @@ def table_of(contestants: Sequence[Contestant], metrics: Sequence[str]) -> tuple
     """Return columns and rows: values with their intervals, the time of the fit, and why there is none.
 
     Example:
-        >>> columns, rows = table_of([Contestant("uncalibrated", estimates={"ece": Estimate(0.05, 0.04, 0.07)})], ["ece"])
+        >>> contestant = Contestant("uncalibrated", estimates={"ece": Estimate(0.05, 0.04, 0.07)})
+        >>> columns, rows = table_of([contestant], ["ece"])
         >>> columns[:4], rows[0][:4]
         (['calibrator', 'ece', 'ece_low', 'ece_high'], ['uncalibrated', 0.05, 0.04, 0.07])
     """
@@ -301,14 +304,17 @@ def comparison_figure(contestants: Sequence[Contestant], metrics: Sequence[str],
     drawn = [shown[0], *(contestant for contestant in best if contestant is not shown[0])][:num_diagrams]
     height = 0.27 * len(shown) + 1.1
     figure = Figure(figsize=(2.6 + 1.9 * max(len(metrics), 4), height + 3.2), dpi=150, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(height, 3.2))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(height, 3.2))
+    above, below = parts
     bars = above.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, name in zip(bars, metrics, strict=True):
         _draw_bars(axes, shown, name)
+    bars[0].invert_yaxis()  # shared by all
     bars[0].set_yticks(range(len(shown)), [contestant.name.replace("_", " ") for contestant in shown])
     diagrams = below.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     for axes, contestant in zip(diagrams, drawn, strict=True):
-        assert contestant.bins is not None  # noqa: S101
+        if contestant.bins is None:  # what has estimates has bins
+            continue
         _draw_accuracy(axes, contestant.bins)
         axes.set_title(f"{contestant.name.replace('_', ' ')}\nECE {100 * contestant.bins.ece:.1f} %", fontsize=8)
         axes.set_xlabel("Confidence", fontsize=8)
@@ -349,7 +355,6 @@ def _draw_bars(axes: Any, contestants: Sequence[Contestant], metric: str) -> Non
     low = min(values) if metric == "accuracy" else 0.0
     axes.set_xlim(max(0.0, low - 5) if metric == "accuracy" else 0.0, limit)
     axes.set_title(_TITLES[metric], fontsize=9)
-    axes.invert_yaxis()
     _clean(axes)
 
 

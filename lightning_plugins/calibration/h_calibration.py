@@ -210,7 +210,7 @@ class HCalibration(Calibrator):
     Adam runs on all rows, or on batches of ``batch_size``; the step halves when the ECE has stalled for half of
     ``patience`` epochs, the fit stops after ``patience``, and the best state by ``select_by``, the identity included,
     is kept. All of that is measured on the data of the fit, as in the published code, which halves sooner (after 20
-    epochs, stopping after 160) and, on the logits that we have, stops further from the optimum. ``fit_info`` also holds
+    epochs, stopping after 160) and, on the one net tried, ended with a larger debiased ECE. ``fit_info`` also holds
     ``iterations`` (epochs), ``best_iteration``, ``selector`` (its best value), ``selector_before`` and ``window``.
 
     Args:

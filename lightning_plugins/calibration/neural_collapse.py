@@ -217,7 +217,9 @@ def mixed_collapse(
     basis, lengths, _ = torch.linalg.svd(torch.stack([rows[i], rows[j]], 2), full_matrices=False)
     spans = lengths > 1e-9 * lengths[:, :1]
     inside = (torch.einsum("pld,pdk->plk", apart, basis).square() * spans[:, None]).sum(2)
-    plane = 1 - (inside / apart.square().sum(2).clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1)
+    squares = apart.square().sum(2)
+    # Half-way between two classes, a feature may be 0, which lies in every plane.
+    plane = torch.where(squares > 1e-18 * squares.max(), 1 - inside / squares, 0).clamp_min(0)
 
     within = features.new_full(weight.shape, torch.nan).index_copy_(0, pairs[same, 0], own)
     share = lambdas[None, :, None]
@@ -364,7 +366,8 @@ def unconstrained_mixup_feature(
         curvature = scores.T @ (torch.diag(probs) - probs.outer(probs)) @ scores + decay * lengths
         step = torch.linalg.solve(curvature, gradient)
         size = 1.0
-        while objective(coefficients - size * step) > objective(coefficients) and size > 1e-6:
+        allowed = objective(coefficients) + 1e-14  # near the solution only rounding is left
+        while objective(coefficients - size * step) > allowed and size > 1e-6:
             size /= 2
         coefficients = coefficients - size * step
     return coefficients @ rows

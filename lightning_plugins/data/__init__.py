@@ -6,9 +6,11 @@ The embedded default is :class:`DigitsDataModule`, which needs neither files nor
 from lightning_plugins.data.base import ImageDataModule
 from lightning_plugins.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lightning_plugins.data.digits import DigitsDataModule
+from lightning_plugins.data.distilled import DistilledDataModule, DistilledDataset
 from lightning_plugins.data.fashion_mnist import FashionMNISTDataModule
 from lightning_plugins.data.image_folder import ImageFolderDataModule
-from lightning_plugins.data.loading import ImageDataset, ResumableLoader, SeededSampler
+from lightning_plugins.data.loading import ImageDataset, ResumableLoader, SeededSampler, without_augmentation
+from lightning_plugins.data.logits import LogitsDataModule, read_logits
 from lightning_plugins.data.transforms import (
     ClassOverlap,
     Imbalance,
@@ -25,17 +27,22 @@ __all__ = [
     "CIFAR100DataModule",
     "ClassOverlap",
     "DigitsDataModule",
+    "DistilledDataModule",
+    "DistilledDataset",
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageDataset",
     "ImageFolderDataModule",
     "Imbalance",
     "LabelNoise",
+    "LogitsDataModule",
     "ResumableLoader",
     "SeededSampler",
     "TargetTransform",
     "class_overlap",
     "make_imbalanced",
+    "read_logits",
     "stratified_split",
     "symmetric_label_noise",
+    "without_augmentation",
 ]

@@ -6,15 +6,16 @@ Not on the global random state, the number of workers, or whether the run was re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.transforms.v2 import functional
 
-__all__ = ["ImageDataset", "ResumableLoader", "SeededSampler"]
+__all__ = ["ImageDataset", "ResumableLoader", "SeededSampler", "without_augmentation"]
 
 
 class ImageDataset(Dataset[tuple[Any, ...]]):
@@ -161,3 +162,20 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Skip the delivered batches when that epoch is run next; any other epoch starts at its first batch."""
         self._resume_at = (int(state["epoch"]), int(state["batches"]))
+
+
+def without_augmentation(dataset: Any) -> Any:
+    """Return one of our own data sets, or a subset of it, without its augmentation; any other as it is.
+
+    Example:
+        >>> images, labels = torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long)
+        >>> data = ImageDataset(images, labels, image_size=4, augment=torch.nn.Identity())
+        >>> without_augmentation(Subset(data, [1])).dataset.augment is None, data.augment is None
+        (True, False)
+    """
+    if isinstance(dataset, Subset):
+        return Subset(without_augmentation(dataset.dataset), dataset.indices)
+    if isinstance(dataset, ImageDataset) and dataset.augment is not None:
+        dataset = copy(dataset)
+        dataset.augment = None
+    return dataset

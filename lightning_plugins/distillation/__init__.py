@@ -10,7 +10,21 @@ from lightning_plugins.distillation.characteristic_function import (
     unit_rows,
 )
 from lightning_plugins.distillation.decode import decode, decode_index, encode
+from lightning_plugins.distillation.evaluation import (
+    PROTOCOLS,
+    NetAccuracies,
+    Protocol,
+    SetEvaluation,
+    TrainedNets,
+    augmentation_robust_score,
+    evaluate_set,
+    hard_label_recovery,
+    improvement_over_random,
+    label_robust_score,
+    train_nets,
+)
 from lightning_plugins.distillation.extractors import ExtractorBank, RandomExtractors, train_expert_, untrained_net
+from lightning_plugins.distillation.figures import class_bars, image_grid
 from lightning_plugins.distillation.flip import FlipUnion, flip_detectability, flip_union
 from lightning_plugins.distillation.objectives import (
     CalibrationTerm,
@@ -23,38 +37,55 @@ from lightning_plugins.distillation.objectives import (
     images_per_tile,
 )
 from lightning_plugins.distillation.pool import ClassPool, RealBatch
+from lightning_plugins.distillation.presets import PRESETS, DistillationSettings, preset_settings
 from lightning_plugins.distillation.stepping import vectorised_constants
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
 
 __all__ = [
+    "PRESETS",
+    "PROTOCOLS",
     "AugmentationDraw",
     "CalibrationTerm",
     "CharacteristicFunction",
     "ClassPool",
+    "DistillationSettings",
     "DistributionMatching",
     "ExtractorBank",
     "FlipUnion",
     "FrequencySampler",
     "GradientMatching",
+    "NetAccuracies",
     "Objective",
     "ObjectiveDraw",
     "ObjectiveLoss",
+    "Protocol",
     "RandomExtractors",
     "RealBatch",
     "SamplingNetwork",
+    "SetEvaluation",
     "SiameseAugmentation",
     "SyntheticSet",
+    "TrainedNets",
     "augment",
+    "augmentation_robust_score",
     "characteristic_function_discrepancy",
     "characteristic_sums",
+    "class_bars",
     "decode",
     "decode_index",
     "discrepancy_per_class",
     "encode",
+    "evaluate_set",
     "flip_detectability",
     "flip_union",
+    "hard_label_recovery",
+    "image_grid",
     "images_per_tile",
+    "improvement_over_random",
+    "label_robust_score",
+    "preset_settings",
     "train_expert_",
+    "train_nets",
     "unit_rows",
     "untrained_net",
     "vectorised_constants",

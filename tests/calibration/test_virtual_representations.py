@@ -119,14 +119,14 @@ def test_seed_power_and_sign():
 
 def test_the_head_becomes_the_linear_discriminant():
     generator = torch.Generator().manual_seed(0)
-    centres = 1.5 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    centres = 0.7 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
     mixing = torch.eye(6, dtype=torch.float64) + 0.3 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
 
     def draw(counts: list[int]) -> tuple[Tensor, Tensor]:
         labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
         return centres[labels] + torch.randn(len(labels), 6, generator=generator, dtype=torch.float64) @ mixing, labels
 
-    statistics = FeatureStatistics(3, 6).update(*draw([900, 300, 60]))  # imbalanced
+    statistics = FeatureStatistics(3, 6).update(*draw([6000, 2000, 600]))  # imbalanced
     features, labels = draw([10_000] * 3)
     precision = (mixing.T @ mixing).inverse()
     scores = features @ precision @ centres.T - (centres @ precision * centres).sum(1) / 2

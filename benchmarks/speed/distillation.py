@@ -1,0 +1,222 @@
+r"""What one matching iteration of dataset distillation costs, against the bare network passes it cannot do without.
+
+    python benchmarks/speed/distillation.py --rounds 7 --json benchmarks/results/speed_distillation.json \
+        --markdown docs/results/speed_distillation.md
+    python benchmarks/speed/distillation.py --rounds 1 --batch 16 --width 16 --frequencies 64 --steps 2   # a quick look
+
+ConvNet-3 on random images, 10 classes, B real and n synthetic images each. The floor sends the real images through the
+network without gradients, in tiles that fit the cache, and the synthetic ones forward and backward with frozen weights.
+The published form handles one class after the other with weights that keep their gradients and two products, one for
+the cosine and one for the sine. Contenders run in turn, in an order that rotates from round to round. Beside the times
+stands the number of tensor operations in an iteration, views left out: what an accelerator has to launch.
+
+A second table compares the evaluation of five networks trained jointly with five in sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from interleaved import Contender, environment, measure
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_plugins.distillation import (
+    CharacteristicFunction,
+    ClassPool,
+    DistributionMatching,
+    FrequencySampler,
+    Protocol,
+    images_per_tile,
+    train_nets,
+    unit_rows,
+)
+from lightning_plugins.features import PenultimateFeatures
+from lightning_plugins.models import convnet3
+
+CLASSES = 10
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what reaches the device, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one operation and run it."""
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def features(net: nn.Module, images: Tensor) -> Tensor:
+    """Penultimate features."""
+    with PenultimateFeatures(net) as seen:
+        net(images)
+    return seen.last.flatten(1)
+
+
+def published_loss(real: Tensor, synthetic: Tensor, frequencies: Tensor) -> Tensor:
+    """The loss of one class as the released code writes it: two products, phase from a difference."""
+    parts = []
+    for rows in (real, synthetic):
+        parts.append(((rows @ frequencies.T).cos().mean(0), (rows @ frequencies.T).sin().mean(0)))
+    (a_r, b_r), (a_s, b_s) = parts
+    norms = [(a.square() + b.square()).sqrt() for a, b in parts]
+    amplitude = (norms[0] - norms[1]).square()
+    phase = 2 * (norms[0] * norms[1] - a_r * a_s - b_r * b_s)
+    return 300 * (0.5 * amplitude + 0.5 * phase).clamp_min(1e-12).sqrt().mean()
+
+
+def contenders(options: argparse.Namespace) -> dict[str, Contender]:
+    """Return the floor first, then all others."""
+    side, channels, count = options.size, options.channels, options.images
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(CLASSES * options.batch, channels, side, side, generator=generator)
+    pool = ClassPool(
+        images, torch.arange(CLASSES).repeat_interleave(options.batch), mean=[0.5] * channels, std=[0.25] * channels
+    )
+    synthetic = torch.randn(CLASSES, count, channels, side, side, generator=generator)
+    torch.manual_seed(0)
+    net = convnet3(num_classes=CLASSES, in_channels=channels, image_size=side, width=options.width)
+    frozen = convnet3(num_classes=CLASSES, in_channels=channels, image_size=side, width=options.width)
+    frozen.load_state_dict(net.state_dict())
+    frozen.eval().requires_grad_(False)
+    tile = images_per_tile(frozen, (channels, side, side), "cpu")
+    real = pool.draw(options.batch, first=True)
+
+    def floor() -> None:
+        leaf = synthetic.clone().requires_grad_()
+        with torch.no_grad():
+            for _, part in real.tiles(tile):
+                features(frozen, part.flatten(0, 1))
+        torch.autograd.grad(features(frozen, leaf.flatten(0, 1)).sum(), leaf)
+
+    def published() -> float:
+        leaf = synthetic.clone().requires_grad_()
+        total = torch.zeros(())
+        for label in range(CLASSES):
+            with torch.no_grad():
+                target = unit_rows(features(net, real.select(label, label + 1).images()[0]))
+            frequencies = torch.randn(options.frequencies, target.shape[1], generator=generator)
+            loss = published_loss(target, unit_rows(features(net, leaf[label])), frequencies)
+            loss.backward()
+            total += loss.detach()
+        net.zero_grad()
+        return float(total)
+
+    matching = CharacteristicFunction(FrequencySampler(options.frequencies))
+    means = DistributionMatching()
+
+    def ours(objective: Any, dtype: torch.dtype | None = None) -> float:
+        leaf = synthetic.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
+            loss = objective.loss(frozen, real, leaf).total
+            torch.autograd.grad(loss, leaf)
+        return float(loss.detach())
+
+    return {
+        "bare passes": floor,
+        "published form": published,
+        "ours": lambda: ours(matching),
+        "ours, bfloat16": lambda: ours(matching, torch.bfloat16),
+        "ours, means (DM)": lambda: ours(means),
+        "ours, means (DM), bfloat16": lambda: ours(means, torch.bfloat16),
+    }
+
+
+def evaluators(options: argparse.Namespace) -> dict[str, Contender]:
+    """Return five networks trained in sequence, and five trained jointly."""
+    generator = torch.Generator().manual_seed(1)
+    shape = options.channels, options.size, options.size
+    images = torch.randn(CLASSES * options.images, *shape, generator=generator)
+    labels = torch.arange(CLASSES).repeat_interleave(options.images)
+    protocol = Protocol(steps=options.steps)
+
+    def factory() -> nn.Module:
+        return convnet3(num_classes=CLASSES, in_channels=options.channels, image_size=options.size, width=options.width)
+
+    def train(joint: bool) -> None:
+        train_nets(factory, images, labels, num_classes=CLASSES, protocol=protocol, seeds=tuple(range(5)), joint=joint)
+
+    return {"five nets in sequence": lambda: train(False), "five nets jointly": lambda: train(True)}
+
+
+def with_operations(found: dict[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
+    """Measure, and count the operations of one call each."""
+    rows = measure(found, rounds)
+    for name, call in found.items():
+        with CountOperations() as counter:
+            call()
+        rows[name]["operations"] = counter.count
+    return rows
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the tables for the documentation."""
+    lines = []
+    for title, rows in report["tables"].items():
+        first = next(iter(rows))
+        lines += [f"| {title} | time, of {first} | CPU time, of {first} | operations |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {name} | {row['wall_ratio']:.2f} | {row['cpu_ratio']:.2f} | {row['operations']} |"
+            for name, row in rows.items()
+        ]
+        lines.append("")
+    where = report["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines.append(
+        f"*{report['setting']}; {where['threads']} threads, best of {report['rounds']} rounds (CPU time: median). "
+        f"{where['cpu']}, {where['date'][:10]}; {versions}.*"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print the tables, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=28, help="side of the images")
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--width", type=int, default=128, help="of the network")
+    parser.add_argument("--batch", type=int, default=256, help="real images of each class")
+    parser.add_argument("--images", type=int, default=40, help="decoded synthetic images of each class")
+    parser.add_argument("--frequencies", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=20, help="of the evaluation's training")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--markdown", type=Path, help="file to write the documentation's tables to")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    setting = (
+        f"{CLASSES} classes, {options.batch} real and {options.images} synthetic images "
+        f"{options.channels} x {options.size} x {options.size} each, ConvNet-3 of width {options.width}, "
+        f"{options.frequencies} frequencies"
+    )
+    print(f"{setting}; {options.threads} threads, {options.rounds} rounds")
+    tables = {
+        "matching iteration": with_operations(contenders(options), options.rounds),
+        f"evaluation, {options.steps} steps": with_operations(evaluators(options), options.rounds),
+    }
+    for title, rows in tables.items():
+        print(f"{title:34}{'wall':>8}{'wall ms':>10}{'CPU':>8}{'operations':>12}")
+        for name, row in rows.items():
+            print(
+                f"{name:34}{row['wall_ratio']:8.2f}{row['wall_ms']:10.0f}{row['cpu_ratio']:8.2f}{row['operations']:12}"
+            )
+    report = {"environment": environment(), "setting": setting, "rounds": options.rounds, "tables": tables}
+    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

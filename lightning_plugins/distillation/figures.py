@@ -1,0 +1,64 @@
+"""Pictures of synthetic images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["class_bars", "image_grid"]
+
+
+def image_grid(images: Tensor, *, enlarge: int = 4, columns: int = 20) -> Tensor:
+    """Lay images out, one row for each class, on a fixed range of values, enlarged without smoothing.
+
+    Args:
+        images: on the [0, 1] scale; values outside are cut off. Of other than 1 or 3 channels the mean is shown.
+        enlarge: factor, at least 1.
+        columns: most images of a class.
+
+    Shape:
+        - images: ``(C, n, channels, H, W)``
+        - output: ``(1 or 3, C * (H * enlarge + 1) + 1, min(n, columns) * (W * enlarge + 1) + 1)``
+
+    Example:
+        >>> image_grid(torch.rand(10, 3, 1, 8, 8), enlarge=2).shape
+        torch.Size([1, 171, 52])
+    """
+    shown = images.detach()[:, :columns].float().clamp(0, 1).cpu()
+    if shown.shape[2] not in (1, 3):
+        shown = shown.mean(2, keepdim=True)
+    shown = shown.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    shown = torch.nn.functional.pad(shown, (1, 0, 1, 0), value=0.5)
+    classes, count, channels, height, width = shown.shape
+    grid = shown.permute(2, 0, 3, 1, 4).reshape(channels, classes * height, count * width)
+    return torch.nn.functional.pad(grid, (0, 1, 0, 1), value=0.5)
+
+
+def class_bars(
+    values: Mapping[str, Sequence[float]], class_names: Sequence[str], *, label: str, percent: bool = False
+) -> Figure:
+    """Draw grouped bars, one group for each class.
+
+    Example:
+        >>> class_bars({"distilled": [0.9, 0.8]}, ["a", "b"], label="accuracy", percent=True).axes[0].get_ylabel()
+        'accuracy (%)'
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4.0, 0.5 * len(class_names) + 2), 3), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / max(len(values), 1)
+    for number, (name, heights) in enumerate(values.items()):
+        places = [place + (number - (len(values) - 1) / 2) * width for place in range(len(class_names))]
+        axes.bar(places, [100 * value if percent else value for value in heights], width, label=name)
+    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+    axes.set_ylabel(f"{label} (%)" if percent else label)
+    if len(values) > 1:
+        axes.legend(frameon=False, fontsize="small")
+    return figure
