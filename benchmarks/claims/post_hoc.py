@@ -4,7 +4,7 @@ r"""Which post-hoc calibrator wins, on the outputs of four public networks?
         --json benchmarks/results/post_hoc.json --markdown docs/results/post_hoc.md
 
 Every calibrator of the package, with its defaults (h-calibration: at most 300 epochs), is fitted once on the part of
-each set for calibration and measured on its test part, with 95 % percentile intervals over 200 resamples of the latter.
+each set for calibration and measured on its test part, with 95 % bootstrap intervals (200 resamples of the latter).
 Sets that come with a validation and a test part keep them (10,216 long-tailed and 10,000 balanced samples); the other
 two are cut at random, by torch's permutation of seed 0, into 5,000 and 5,000. What needs a choice of penalties takes
 the default ones, without cross-validation. ECE has 15 equal-width bins.
@@ -161,8 +161,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         "*Value and 95 % interval over resamples of the test samples; bold: lowest; ↑: the interval lies wholly above "
-        "that of the uncalibrated logits. The noise of a resample adds to an error, so intervals of small errors lie "
-        "to the right of their value. The choice of the lowest on these very samples flatters it a little. One fit "
+        "that of the uncalibrated logits. The choice of the lowest on these very samples flatters it a little. One fit "
         f"each; {report['date'][:10]}; {versions}; {report['hardware']}, one thread.*",
     ]
     return "\n".join(lines) + "\n"

@@ -49,10 +49,12 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Return a measure and its percentile interval over resamples of the rows.
+    """Return a measure and its interval over resamples of the rows.
 
-    A calibration error cannot be negative and grows with the noise of a resample, so near 0 its interval lies to the
-    right of the truth; differences between two models on the same rows suffer less.
+    The interval holds the percentiles of the resamples, shifted so that their mean is the measure: a calibration error
+    grows with the noise of a resample, and that is no reason why the measure itself should lie outside. It is the
+    interval of the measure as it is defined, floor by sampling noise included; the error of infinitely many samples
+    may be smaller.
 
     Args:
         metric_fn: takes scores and labels, returns a scalar.
@@ -78,7 +80,8 @@ def bootstrap_interval(
     for _ in range(num_samples):
         rows = torch.randint(len(labels), (len(labels),), generator=generator).to(probs.device)
         values.append(float(metric_fn(probs[rows], labels[rows])))
-    return Estimate(float(metric_fn(probs, labels)), *_ends(values, level))
+    value = float(metric_fn(probs, labels))
+    return Estimate(value, *_ends(value, values, level))
 
 
 def calibration_report(
@@ -131,7 +134,7 @@ def calibration_report(
         drawn = torch.randint(rows.num_rows, (rows.num_rows,), generator=generator)
         for name, value in rows.measure(drawn.bincount(minlength=rows.num_rows)).items():
             resampled[name].append(value)
-    return {name: Estimate(value, *_ends(resampled[name], level)) for name, value in values.items()}
+    return {name: Estimate(value, *_ends(value, resampled[name], level)) for name, value in values.items()}
 
 
 class _Rows:
@@ -188,8 +191,10 @@ def _check_options(num_samples: int, level: float, num_rows: int) -> None:
         raise ValueError("there are no rows to resample; pass at least one sample")
 
 
-def _ends(values: list[float], level: float) -> list[float]:
-    tail = (1 - level) / 2
-    quantiles = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    ends: list[float] = torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist()
-    return ends
+def _ends(value: float, resampled: list[float], level: float) -> tuple[float, float]:
+    """Return the ends of the interval: percentiles of the resamples, shifted so that their mean is the value."""
+    values = torch.tensor(resampled, dtype=torch.float64)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = (values.quantile(tails) - values.mean() + value).tolist()
+    # What is never negative keeps to that.
+    return (max(low, 0.0) if bool((values >= 0).all()) else low), high

@@ -583,9 +583,7 @@ class DatasetDistillation(pl.LightningModule):
             if self._net_augmentation is not None:
                 state["net_augmentation"] = self._net_augmentation.state_dict()
             if self._config()["net_refresh"] > 1:
-                state["net"] = {
-                    name: value.clone() for name, value in self._nets().net.state_dict().items()
-                }
+                state["net"] = {name: value.clone() for name, value in self._nets().net.state_dict().items()}
                 state["net_optimizer"] = None if self._net_optimizer is None else self._net_optimizer.state_dict()
         checkpoint["distillation"] = state
 

@@ -326,17 +326,28 @@ def test_other_modules_and_missing_sets_are_refused(tmp_path):
         make_trainer(tmp_path, 1, evaluation()).test(distillation(), verbose=False)
 
 
-class WritesMetrics(pl.Callback):
+class WritesResults(pl.Callback):
     def on_fit_end(self, trainer, pl_module):
-        torch.save(dict(trainer.callback_metrics), f"{trainer.default_root_dir}/rank-{trainer.global_rank}.pt")
+        results = {name: pl_module.results["val"][name] for name in ("distilled", "baselines")}
+        torch.save(results, f"{trainer.default_root_dir}/rank-{trainer.global_rank}.pt")
 
 
 @pytest.mark.processes
 def test_two_processes_share_networks_and_images(tmp_path):
-    alone = make_trainer(tmp_path, 1, evaluation())
-    alone.fit(distillation())
-    make_trainer(tmp_path, 1, evaluation(), WritesMetrics(), strategy="ddp_fork", devices=2).fit(distillation())
+    protocol = Protocol(steps=40, operations=(), learning_rate=0.05)
+    module = distillation()
+    make_trainer(tmp_path, 1, evaluation(protocol=protocol, steps=None)).fit(module)
+    trainer = make_trainer(
+        tmp_path, 1, evaluation(protocol=protocol, steps=None), WritesResults(), strategy="ddp_fork", devices=2
+    )
+    trainer.fit(distillation())
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name in ("val/distilled_acc", "val/random_acc"):
-        assert torch.equal(first[name], second[name])
-        assert float(first[name]) == pytest.approx(float(alone.callback_metrics[name]), abs=0.07)
+    assert first == second
+    for found, alone in zip(
+        (first["distilled"], first["baselines"]["mix"]),
+        (module.results["val"]["distilled"], module.results["val"]["baselines"]["mix"]),
+        strict=True,
+    ):
+        assert len(set(found["per_class"])) > 1
+        assert found["accuracies"] == pytest.approx(alone["accuracies"], abs=0.04)
+        assert found["per_class"] == pytest.approx(alone["per_class"], abs=0.06)
