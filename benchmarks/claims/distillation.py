@@ -152,9 +152,9 @@ def main() -> None:
         "",
         f"*Fashion-MNIST, {options.pool:,} training images, ConvNet-3 of width {options.width}, {options.iterations} "
         f"iterations; {options.nets} fresh networks, {options.steps} steps, augmentation without flips, last accuracy "
-        f"on the 10,000 test images; mean ± standard deviation over seeds. Published tables use width 128, all images and "
-        f"about 20,000 iterations: these figures are not comparable with them. {platform.machine()} CPU, one thread; "
-        f"{datetime.now(UTC).date()}; torch {torch.__version__}, lightning-plugins "
+        f"on the 10,000 test images; mean ± standard deviation over seeds. Published tables use width 128, all images "
+        f"and about 20,000 iterations: these figures are not comparable with them. {platform.machine()} CPU, "
+        f"one thread; {datetime.now(UTC).date()}; torch {torch.__version__}, lightning-plugins "
         f"{importlib.metadata.version('lightning-plugins')}.*",
     ]
     text = "\n".join(lines) + "\n"

@@ -241,7 +241,7 @@ def simplex_etf(num_classes: int, num_features: int, *, seed: int = 0) -> Tensor
     r"""Return the ``(C, D)`` rows of a simplex equiangular tight frame: length 1, cosines :math:`-1 / (C - 1)`, sum 0.
 
     Args:
-        num_classes: ``C``, at least 2.
+        num_classes: C, at least 2.
         num_features: ``D``, at least ``C - 1``.
         seed: of the rotation.
 
@@ -278,13 +278,14 @@ class SimplexETFClassifier(nn.Linear):
     hooks, exports and state.
 
     Args:
-        num_features: ``D``, at least ``num_classes - 1``.
-        num_classes: ``C``, at least 2.
+        num_features: D, at least one less than the classes.
+        num_classes: C, at least 2.
         scale: length of the rows, above 0.
         seed: of the rotation.
 
     Shape:
-        - input ``(..., D)``, output ``(..., C)`` logits.
+        - input: features ``(..., D)``
+        - output: logits ``(..., C)``
 
     Raises:
         ValueError: for a wrong argument.
