@@ -13,30 +13,36 @@ if TYPE_CHECKING:
 
 __all__ = ["class_bars", "image_grid"]
 
+_COLORS = ("#4477aa", "#bbbbbb", "#ee6677", "#228833")
+
 
 def image_grid(images: Tensor, *, enlarge: int = 4, columns: int = 20) -> Tensor:
-    """Lay images out, one row for each class, on a fixed range of values, enlarged without smoothing.
+    """Lay images out, on a fixed range of values, enlarged without smoothing.
+
+    One row for each class; where classes are more than the images of each, and fit, one column for each class.
 
     Args:
         images: on the [0, 1] scale; values outside are cut off. Of other than 1 or 3 channels the mean is shown.
         enlarge: factor, at least 1.
-        columns: most images of a class.
+        columns: most images side by side.
 
     Shape:
         - images: ``(C, n, channels, H, W)``
-        - output: ``(1 or 3, C * (H * enlarge + 1) + 1, min(n, columns) * (W * enlarge + 1) + 1)``
+        - output: ``(1 or 3, rows * (H * enlarge + 1) + 1, columns * (W * enlarge + 1) + 1)``
 
     Example:
         >>> image_grid(torch.rand(10, 3, 1, 8, 8), enlarge=2).shape
-        torch.Size([1, 171, 52])
+        torch.Size([1, 52, 171])
     """
     shown = images.detach()[:, :columns].float().clamp(0, 1).cpu()
+    if shown.shape[1] < len(shown) <= columns:
+        shown = shown.transpose(0, 1)
     if shown.shape[2] not in (1, 3):
         shown = shown.mean(2, keepdim=True)
     shown = shown.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
     shown = torch.nn.functional.pad(shown, (1, 0, 1, 0), value=0.5)
-    classes, count, channels, height, width = shown.shape
-    grid = shown.permute(2, 0, 3, 1, 4).reshape(channels, classes * height, count * width)
+    rows, count, channels, height, width = shown.shape
+    grid = shown.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, count * width)
     return torch.nn.functional.pad(grid, (0, 1, 0, 1), value=0.5)
 
 
@@ -56,9 +62,12 @@ def class_bars(
     width = 0.8 / max(len(values), 1)
     for number, (name, heights) in enumerate(values.items()):
         places = [place + (number - (len(values) - 1) / 2) * width for place in range(len(class_names))]
-        axes.bar(places, [100 * value if percent else value for value in heights], width, label=name)
-    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+        color = _COLORS[number % len(_COLORS)]
+        axes.bar(places, [100 * value if percent else value for value in heights], width, label=name, color=color)
+    long = max(map(len, class_names)) > 4
+    axes.set_xticks(range(len(class_names)), class_names, rotation=45 if long else 0, ha="right" if long else "center")
     axes.set_ylabel(f"{label} (%)" if percent else label)
+    axes.spines[["top", "right"]].set_visible(False)
     if len(values) > 1:
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=len(values))
     return figure
