@@ -188,4 +188,4 @@ def test_the_command_line_can_build_it(kind):
 
 def test_a_buffer_of_fixed_size_still_refuses_another_one():
     with pytest.raises(RuntimeError, match="size mismatch"):
-        TemperatureScaling().load_state_dict({"fitted": torch.tensor(True), "log_temperature": torch.zeros(3)})
+        TemperatureScaling().load_state_dict({"fitted": torch.tensor(True), "log_temperature": torch.zeros(3, 1)})
