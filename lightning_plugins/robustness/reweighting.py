@@ -24,6 +24,7 @@ from lightning_plugins.losses import check_choice as _check_choice
 from lightning_plugins.losses import checked_logits as _logits
 from lightning_plugins.losses import per_class as _per_class
 from lightning_plugins.losses import reduced as _reduced
+from lightning_plugins.mixing import takes_mixed_labels
 
 __all__ = [
     "BalancedSoftmaxLoss",
@@ -145,6 +146,7 @@ def ldam_margins(counts: Counts, max_margin: float = 0.5) -> Tensor:
     return (max_margin * margins / margins.max()).float()
 
 
+@takes_mixed_labels
 def weighted_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -184,6 +186,7 @@ def weighted_cross_entropy(
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
+@takes_mixed_labels
 def ldam_loss(
     logits: Tensor,
     target: Tensor,
@@ -232,6 +235,7 @@ def ldam_loss(
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
+@takes_mixed_labels
 def logit_adjusted_loss(
     logits: Tensor,
     target: Tensor,
@@ -272,6 +276,7 @@ def logit_adjusted_loss(
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
+@takes_mixed_labels
 def balanced_softmax_loss(
     logits: Tensor,
     target: Tensor,
@@ -309,6 +314,7 @@ def balanced_softmax_loss(
     return logit_adjusted_loss(logits, target, counts, 1.0, weight, normalise=normalise, reduction=reduction)
 
 
+@takes_mixed_labels
 def cdt_loss(
     logits: Tensor,
     target: Tensor,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_plugins.mixing import MixedLabels
 from lightning_plugins.robustness.reweighting import (
     BalancedSoftmaxLoss,
     CDTLoss,
@@ -314,3 +315,21 @@ LOGITS, TARGET = batch()
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: weighted_cross_entropy(z, y, torch.tensor([1.0, 2.0, 3.0])),
+        lambda z, y: ldam_loss(z, y, torch.tensor([0.1, 0.2, 0.5]), 2.0),
+        lambda z, y: balanced_softmax_loss(z, y, [9, 3, 1]),
+        lambda z, y: logit_adjusted_loss(z, y, [9, 3, 1], 0.5),
+        lambda z, y: cdt_loss(z, y, [9, 3, 1], 0.3),
+    ],
+)
+def test_losses_of_mixed_labels_are_weighted_sums(loss):
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    one, two = torch.arange(6) % 3, torch.arange(6).flip(0) % 3
+    mixed = MixedLabels(torch.stack([one, two]), torch.tensor([0.7, 0.3]))
+    assert torch.allclose(loss(logits, mixed), 0.7 * loss(logits, one) + 0.3 * loss(logits, two))
+    assert mixed.used
