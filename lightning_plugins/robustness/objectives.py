@@ -570,9 +570,10 @@ class REAT(Objective):
     there is nothing of it here.
 
     Args:
-        variant: ``"pairwise"`` is the term as written: the divergence between the softmaxed features of each tail
-            anchor and each other sample, with a minus for its own class. ``"official"`` is the term as the released
-            code computes it, one average divergence times one average weight.
+        variant: ``"official"`` is the term as the released code computes it, one average divergence times one average
+            weight. ``"pairwise"`` is the term as written: the divergence between the softmaxed features of each tail
+            anchor and each other sample, with a minus for its own class; it has no lower bound, and nets without batch
+            normalisation collapsed to one class under it.
         weight: of the term, at least 0.
         tail_share: share of the classes, the rarest ones, that count as tail, in (0, 1].
         features_from: name of the module whose output are the features; default the input of the last linear layer.
@@ -586,7 +587,7 @@ class REAT(Objective):
 
     def __init__(
         self,
-        variant: Literal["pairwise", "official"] = "pairwise",
+        variant: Literal["pairwise", "official"] = "official",
         *,
         weight: float = 1.0,
         tail_share: float = 1 / 3,

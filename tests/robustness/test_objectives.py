@@ -219,7 +219,7 @@ def test_reat_pairwise_equals_a_double_loop(net, batch):
             kl = float((p[i] * (p[i] / p[j]).log()).sum())
             pairs.append(kl * (-1 if other == y else 1) * (rarity[y] + rarity[other]))
     slow = loss_of(BalancedSoftmax(counts=COUNTS), net, batch) + sum(pairs) / len(pairs)
-    assert loss_of(REAT(counts=COUNTS), net, batch) == pytest.approx(slow, abs=1e-5)
+    assert loss_of(REAT("pairwise", counts=COUNTS), net, batch) == pytest.approx(slow, abs=1e-5)
     assert loss_of(REAT(weight=0.0, counts=COUNTS), net, batch) == loss_of(BalancedSoftmax(counts=COUNTS), net, batch)
     assert loss_of(REAT("official", counts=COUNTS), net, batch) != pytest.approx(slow, abs=1e-4)
 
