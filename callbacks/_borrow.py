@@ -1,9 +1,10 @@
-"""Setting an attribute of a module that is not ours, and giving it back."""
+"""Setting an attribute or the mode of a module that is not ours, and giving it back."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -40,3 +41,15 @@ def tap_forward(module: nn.Module, see: Callable[[Any], Any]) -> Callable[[], No
         return see(forward(*args, **kwargs))
 
     return borrow_attribute(module, "forward", tapped)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Let a module evaluate, and give every part back in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_plugins.batches import LogitsFn
+from lightning_plugins.callbacks._borrow import evaluation_mode
 from lightning_plugins.data.loading import without_augmentation
 from lightning_plugins.features import PenultimateFeatures, classifier_layer
 
@@ -39,16 +40,10 @@ def find_head(pl_module: pl.LightningModule, name: str | None) -> nn.Linear:
 @contextmanager
 def evaluating(pl_module: pl.LightningModule, seed: int) -> Iterator[None]:
     """Put the module into eval mode, seed the global generator, and put both back as they were."""
-    modes = {module: module.training for module in pl_module.modules()}
-    pl_module.eval()
-    try:
-        # What loads the data may draw from the global generators; a resumed run must see the same draws.
-        with isolate_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    # What loads the data may draw from the global generators; a resumed run must see the same draws.
+    with evaluation_mode(pl_module), isolate_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
 
 
 def head_inputs_and_outputs(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -17,6 +16,7 @@ from lightning_plugins.calibration import reliability_diagram
 from lightning_plugins.calibration._criteria import criterion_of
 from lightning_plugins.calibration._monitoring import CalibrationSums, accuracy_bands
 from lightning_plugins.callbacks._distributed import gather_rows
+from lightning_plugins.callbacks.calibration._logits import check_logits
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure
 
 if TYPE_CHECKING:
@@ -198,12 +198,7 @@ class CalibrationMonitor(pl.Callback):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 logits = (self.logits_fn or forward_logits)(pl_module, inputs)
         self._seen.clear()
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-            shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
-            raise MisconfigurationException(
-                f"CalibrationMonitor expected forward to return logits (N, C), found {type(logits).__name__}{shape}; "
-                "pass logits_fn=lambda module, inputs: ... that returns them."
-            )
+        check_logits(self, logits)
         log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
         groups = None
         if self.groups == "label":

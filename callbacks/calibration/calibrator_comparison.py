@@ -9,12 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -32,6 +30,7 @@ from lightning_plugins.calibration._comparison import (
 )
 from lightning_plugins.callbacks._borrow import borrow_attribute
 from lightning_plugins.callbacks._distributed import gather_rows
+from lightning_plugins.callbacks.calibration._logits import check_logits, visit_batches
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_table
 
@@ -236,18 +235,12 @@ class CalibratorComparison(pl.Callback):
     def _pass_over(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any, limit: float
     ) -> list[tuple[Tensor, Tensor]]:
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
-        rows = []
-        with isolate_rng():  # a data loader draws from the global generator each time it starts
-            for batch_idx, batch in enumerate(loader):
-                if batch_idx >= limit:
-                    break
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self.dataloader_idx)
-                rows.append(self._logits_and_labels(trainer, pl_module, batch))
-        for module, mode in modes.items():
-            module.training = mode
+        rows: list[tuple[Tensor, Tensor]] = []
+
+        def visit(batch: Any) -> None:
+            rows.append(self._logits_and_labels(trainer, pl_module, batch))
+
+        visit_batches(trainer, pl_module, loader, limit, visit, dataloader_idx=self.dataloader_idx)
         return rows
 
     def _logits_and_labels(
@@ -260,12 +253,7 @@ class CalibratorComparison(pl.Callback):
                 logits = (self.logits_fn or forward_logits)(pl_module, inputs)
         finally:
             restore()
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-            shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
-            raise MisconfigurationException(
-                f"CalibratorComparison expected forward to return logits (N, C), found {type(logits).__name__}{shape}; "
-                "pass logits_fn=lambda module, inputs: ... that returns them."
-            )
+        check_logits(self, logits)
         return logits.cpu(), labels.cpu()
 
     def _gathered(self, trainer: pl.Trainer, rows: list[tuple[Tensor, Tensor]], loader: Any) -> tuple[Tensor, Tensor]:

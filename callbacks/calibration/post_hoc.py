@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric
@@ -30,6 +29,7 @@ from lightning_plugins.calibration import (
 )
 from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._distributed import gather_rows
+from lightning_plugins.callbacks.calibration._logits import visit_batches
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_table
 
@@ -356,18 +356,12 @@ class PostHocCalibration(pl.Callback):
         """Fit on the validation data outside of a validation run, and return what there is to log."""
         loader = CombinedLoader(trainer.val_dataloaders).flattened[self.dataloader_idx]
         limit = trainer.num_val_batches[self.dataloader_idx]
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
         self._logits, self._labels = [], []
-        with isolate_rng():  # a data loader draws from the global generator each time it starts
-            for batch_idx, batch in enumerate(loader):
-                if batch_idx >= limit:
-                    break
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self.dataloader_idx)
-                self._keep(*self._logits_and_labels(trainer, pl_module, batch))
-        for module, mode in modes.items():
-            module.training = mode
+
+        def visit(batch: Any) -> None:
+            self._keep(*self._logits_and_labels(trainer, pl_module, batch))
+
+        visit_batches(trainer, pl_module, loader, limit, visit, dataloader_idx=self.dataloader_idx)
         return self._fit(trainer, pl_module)
 
     def _fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:

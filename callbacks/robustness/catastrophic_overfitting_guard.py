@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
+from lightning_plugins.callbacks._borrow import evaluation_mode
 from lightning_plugins.callbacks.robustness._attacking import PixelScale, generator_for
 from lightning_plugins.gradients import grad_context, ordinary
 from lightning_plugins.logging import log_callback_hyperparameters
@@ -141,10 +142,8 @@ class CatastrophicOverfittingGuard(pl.Callback):
         if targets.ndim == 2:  # soft labels
             targets = targets.argmax(1)
         generator = generator_for(inputs, seed=self.seed, number=trainer.global_step, rank=trainer.global_rank)
-        training = {module: module.training for module in pl_module.modules()}
         try:
-            pl_module.eval()
-            with grad_context():
+            with evaluation_mode(pl_module), grad_context():
                 result = self.attack(
                     lambda images: self.logits_fn(pl_module, self._scale.inputs(images, inputs.dtype)),
                     self._scale.images(inputs),
@@ -155,7 +154,4 @@ class CatastrophicOverfittingGuard(pl.Callback):
             raise MisconfigurationException(
                 f"CatastrophicOverfittingGuard could not attack the batch: {error}"
             ) from error
-        finally:
-            for module, was in training.items():
-                module.training = was
         return (~result.success).float().mean()
