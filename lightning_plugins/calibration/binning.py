@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal, get_args
 
 import torch
@@ -66,9 +67,9 @@ class _ClassBins(Calibrator):
     def _scale(self, logits: Tensor) -> Tensor:
         return logits
 
+    @abstractmethod
     def _fit_class(self, scores: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inner edges, ascending, and the values of the bins of one class, from its ``(N,)`` scores."""
-        raise NotImplementedError
 
     def _levels(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values ``(..., C)`` that the bins give, before the rows are normalised, and log-scores."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -150,8 +151,9 @@ class _MatrixMap(Calibrator):
         rest = (mean.square().sum() - diagonal.square().sum()).clamp_min(0) / (num_classes * (num_classes - 1))
         return {"diagonal_mean": float(diagonal.mean()), "off_diagonal_rms": math.sqrt(float(rest))}
 
+    @abstractmethod
     def _features(self, logits: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return what the matrix is applied to, ``(N, C)``."""
 
     def _fit(self, logits: Tensor, labels: Tensor) -> dict[str, float | int | bool]:
         with torch.no_grad():
