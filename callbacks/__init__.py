@@ -11,8 +11,10 @@ from lightning_plugins.callbacks.calibration.mixed_sample_augmentation import Mi
 from lightning_plugins.callbacks.calibration.neural_collapse_monitor import NeuralCollapseMonitor
 from lightning_plugins.callbacks.calibration.post_hoc import PostHocCalibration
 from lightning_plugins.callbacks.distillation.distilled_set_evaluation import DistilledSetEvaluation
+from lightning_plugins.callbacks.plain_twin import PlainTwin
 from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
 from lightning_plugins.callbacks.quantization.bit_plan_qat import BitPlanQAT
+from lightning_plugins.callbacks.quantization.deployment_check import DeploymentCheck
 from lightning_plugins.callbacks.quantization.mixed_precision_qat import MixedPrecisionQAT
 from lightning_plugins.callbacks.quantization.multi_precision_qat import MultiPrecisionQAT
 from lightning_plugins.callbacks.quantization.post_training_quantization import PostTrainingQuantization
@@ -23,6 +25,7 @@ from lightning_plugins.callbacks.robustness.deferred_reweighting import Deferred
 from lightning_plugins.callbacks.robustness.free_adversarial_training import FreeAdversarialTraining
 from lightning_plugins.callbacks.robustness.robustness_evaluation import RobustnessEvaluation
 from lightning_plugins.callbacks.training_step import TrainingStepCallback
+from lightning_plugins.callbacks.variant_comparison import VariantComparison
 
 __all__ = [
     "AdversarialTraining",
@@ -35,14 +38,17 @@ __all__ = [
     "CatastrophicOverfittingGuard",
     "ClassifierHeadCalibration",
     "DeferredReweighting",
+    "DeploymentCheck",
     "DistilledSetEvaluation",
     "FreeAdversarialTraining",
     "MixedPrecisionQAT",
     "MixedSampleAugmentation",
     "MultiPrecisionQAT",
     "NeuralCollapseMonitor",
+    "PlainTwin",
     "PostHocCalibration",
     "PostTrainingQuantization",
     "RobustnessEvaluation",
     "TrainingStepCallback",
+    "VariantComparison",
 ]

@@ -1,4 +1,4 @@
-"""Setting an attribute or the mode of a module that is not ours, and giving it back."""
+"""Setting an attribute of a module that is not ours, and giving it back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _ABSENT = object()
+_blinds: list[None] = []  # one for each unobserved() that is open
 
 
 def borrow_attribute(module: nn.Module, name: str, value: object) -> Callable[[], None]:
@@ -38,18 +39,17 @@ def tap_forward(module: nn.Module, see: Callable[[Any], Any]) -> Callable[[], No
 
     @functools.wraps(forward)
     def tapped(*args: Any, **kwargs: Any) -> Any:
-        return see(forward(*args, **kwargs))
+        output = forward(*args, **kwargs)
+        return output if _blinds else see(output)
 
     return borrow_attribute(module, "forward", tapped)
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Let a module evaluate, and give every part back in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
+def unobserved() -> Iterator[None]:
+    """Keep forward passes from :func:`tap_forward`: those of an attack are none of the step that it prepares."""
+    _blinds.append(None)
     try:
         yield
     finally:
-        for part, mode in modes.items():
-            part.training = mode
+        _blinds.pop()

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets, replace_tensor
 from lightning_plugins.callbacks._borrow import borrow_attribute, tap_forward
+from lightning_plugins.callbacks._composition import check_composition
+from lightning_plugins.checks import check_types
 from lightning_plugins.logging import log_callback_hyperparameters
 
 __all__ = ["Step", "TrainingStepCallback"]
@@ -99,17 +101,28 @@ class TrainingStepCallback(pl.Callback):
             :meth:`replace` can find them). Default: the first two elements of a tuple or list.
         logits_fn: takes the module and inputs, returns logits ``(N, C)``. Default: ``pl_module(inputs)``.
 
+    Other callbacks ask these attributes, all of them False here, whether they can work beside this one, and in which
+    order; a subclass sets those that are true of it.
+
     Attributes:
-        replaces_loss: whether it drops the loss of the step for one of its own, from the inputs and targets it got.
-        replays_batch: whether it runs the step on another batch than the one it got.
+        replaces_loss: it drops the loss of the step for one of its own, from the inputs and targets it got.
+        adds_to_loss: it adds to the loss of the step.
+        ignores_targets: what it adds does not depend on the batch.
+        changes_batch: it runs the step on other inputs than it got.
+        changes_targets: it runs the step on other targets than it got.
+        replays_batch: it runs the step on another batch than the one it got.
+        repeats_step: it runs the step more than once for one gradient.
+        backpropagates: it backpropagates losses itself, by :meth:`backward` or in optimizer steps of its own.
 
     Raises:
         MisconfigurationException: in ``setup``, for a module with manual optimization or with a ``dataloader_iter``
-            step.
+            step, and beside callbacks that it cannot work with in this order.
 
     Example:
         >>> from lightning_plugins.callbacks import TrainingStepCallback
         >>> class InputNoise(TrainingStepCallback):
+        ...     changes_batch = True
+        ...
         ...     def around_training_step(self, trainer, pl_module, step, batch, batch_idx):
         ...         inputs, _ = self.batch_fn(batch)
         ...         noisy = inputs + 0.1 * torch.randn_like(inputs)
@@ -119,9 +132,16 @@ class TrainingStepCallback(pl.Callback):
     batch_fn: BatchFn = staticmethod(inputs_and_targets)
     logits_fn: LogitsFn = staticmethod(forward_logits)
     replaces_loss = False
+    adds_to_loss = False
+    ignores_targets = False
+    changes_batch = False
+    changes_targets = False
     replays_batch = False
+    repeats_step = False
+    backpropagates = False
     _chain: _StepChain | None = None
 
+    @check_types
     def __init__(self, *, batch_fn: BatchFn | None = None, logits_fn: LogitsFn | None = None) -> None:
         if batch_fn is not None:
             self.batch_fn = batch_fn
@@ -190,6 +210,7 @@ class TrainingStepCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        check_composition(trainer)
         self._refuse_manual_optimization(pl_module)
         owner = getattr(vars(pl_module).get("training_step"), "__self__", None)
         self._chain = owner if isinstance(owner, _StepChain) else _StepChain(pl_module)

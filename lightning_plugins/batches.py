@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["BatchFn", "LogitsFn", "forward_logits", "inputs_and_targets", "replace_tensor"]
 
 BatchFn = Callable[[Any], tuple[Tensor, Tensor]]
@@ -41,6 +43,7 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+@check_types
 def replace_tensor(batch: Any, old: Tensor, new: Tensor) -> Any:
     """Return a copy of ``batch`` in which the tensor ``old``, found by identity, is ``new``.
 
@@ -75,6 +78,7 @@ def replace_tensor(batch: Any, old: Tensor, new: Tensor) -> Any:
     return replaced
 
 
+@check_types
 def forward_logits(pl_module: pl.LightningModule, inputs: Tensor) -> Tensor:
     """Return ``pl_module(inputs)``: the default ``logits_fn``."""
     logits: Tensor = pl_module(inputs)

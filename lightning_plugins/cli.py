@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         return int(arguments.function(arguments, overrides))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         sys.stderr.close()
         return 0
@@ -152,7 +155,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             )
     except RunInterrupted as interruption:
         print(f"\n{interruption}", file=sys.stderr)
-        return 130
+        return interruption.code
     except (ValueError, TypeError, OSError, MisconfigurationException) as error:
         if arguments.traceback:
             raise

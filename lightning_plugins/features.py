@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["PenultimateFeatures", "classifier_layer"]
 
 
+@check_types
 def classifier_layer(model: nn.Module) -> nn.Linear:
     """Return the last linear layer of a model, in the order of registration.
 
@@ -41,6 +44,7 @@ class PenultimateFeatures:
         torch.Size([5, 4])
     """
 
+    @check_types
     def __init__(self, model: nn.Module, *, output_of: str | None = None) -> None:
         if output_of is None:
             self.layer: nn.Module = classifier_layer(model)

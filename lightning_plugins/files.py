@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 __all__ = ["write_atomically"]
@@ -20,7 +21,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # other writers may be at it, of any machine
     try:
         with temporary.open("wb") as file:
             file.write(content)

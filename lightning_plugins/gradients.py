@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["grad_context", "ordinary"]
 
 
@@ -30,6 +32,7 @@ def grad_context() -> Iterator[None]:
         yield
 
 
+@check_types
 def ordinary(tensor: Tensor) -> Tensor:
     """Return a detached tensor that autograd may use; one from inference mode is copied. Call inside `grad_context`."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_plugins.checks import check_types
+from lightning_plugins.losses import check_range
+
 __all__ = ["ClassAccuracy"]
 
 
@@ -27,7 +30,7 @@ class ClassAccuracy(Metric):
         (least of the classes).
 
     Raises:
-        ValueError: if ``num_classes`` is below 2.
+        ValueError: if ``num_classes`` is below 2; in ``update`` for wrong shapes, or labels that are no classes.
 
     Example:
         >>> metric = ClassAccuracy(num_classes=3)
@@ -40,6 +43,7 @@ class ClassAccuracy(Metric):
     correct: Tensor
     total: Tensor
 
+    @check_types
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         if num_classes < 2:
@@ -48,10 +52,17 @@ class ClassAccuracy(Metric):
         self.add_state("correct", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count one batch; see the class for shapes."""
         if preds.ndim == 2:
             preds = preds.argmax(1)
+        if target.ndim != 1 or preds.shape != target.shape or target.is_floating_point() or target.dtype == torch.bool:
+            raise ValueError(
+                "preds must be (N, C) or (N,) and target integer classes (N,), got predictions "
+                f"{tuple(preds.shape)} and target {tuple(target.shape)} of {target.dtype}"
+            )
+        check_range(target, self.num_classes)
         self.total += torch.bincount(target, minlength=self.num_classes)
         self.correct += torch.bincount(target[preds == target], minlength=self.num_classes)
 

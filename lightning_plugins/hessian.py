@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lightning_plugins.checks import check_types, warn_caller
+from lightning_plugins.modes import evaluation_mode
 
 __all__ = [
     "Estimate",
@@ -75,6 +77,7 @@ class Estimate:
     num_iterations: int = 0
 
 
+@check_types
 def hessian_trace(
     model: nn.Module,
     loss_fn: LossFn,
@@ -160,6 +163,7 @@ def hessian_trace(
     return {name: estimates[name] for name in kinds}
 
 
+@check_types
 def top_eigenvalue(
     model: nn.Module,
     loss_fn: LossFn,
@@ -234,6 +238,7 @@ def top_eigenvalue(
     return {name: estimates[name] for name in kinds}
 
 
+@check_types
 def leading_eigenvalues(
     model: nn.Module,
     loss_fn: LossFn,
@@ -329,6 +334,7 @@ def leading_eigenvalues(
     return found
 
 
+@check_types
 def hessian_vector_product(
     model: nn.Module,
     loss_fn: LossFn,
@@ -363,6 +369,7 @@ def hessian_vector_product(
     return hessian_vector_products(model, loss_fn, batches, [vector], layers)[0]
 
 
+@check_types
 def hessian_vector_products(
     model: nn.Module,
     loss_fn: LossFn,
@@ -456,19 +463,17 @@ class _Problem:
         model = getattr(model, "_orig_mod", model)  # of torch.compile: its graphs have no second derivatives
         parameters = _parameters_of(model, layers)
         device = next(iter(parameters.values())).device
-        modes = {module: module.training for module in model.modules()}
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             stack.callback(random.setstate, random.getstate())
             stack.callback(np.random.set_state, np.random.get_state())
-            stack.callback(_restore_modes, modes)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(device.type, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivatives
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            model.eval()
+            stack.enter_context(evaluation_mode(model))
             yield cls(model, loss_fn, batches, parameters, seed, chunk_size)
 
     # Data
@@ -571,10 +576,9 @@ class _Problem:
                 bent = torch.tensor(self._bends(outputs), dtype=bent.dtype, device=self.device)
             except _NoSecondDerivative as error:
                 bent = torch.zeros_like(bent)
-                warnings.warn(
+                warn_caller(
                     f"the Gauss-Newton matrix stands in for the Hessian of all layers, since {error.__cause__}; it is "
-                    "exact only where the network is piecewise linear in a layer's weights",
-                    stacklevel=4,
+                    "exact only where the network is piecewise linear in a layer's weights"
                 )
         flags = _over_processes(bent)  # one process that sees a bend decides for all
         return {name: "hessian" if flag > 0 else "gauss_newton" for name, flag in zip(self.weights, flags, strict=True)}
@@ -937,11 +941,6 @@ def _check_batches(batches: Iterable[Any]) -> None:
         isinstance(batches, (tuple, list)) and batches and all(isinstance(part, Tensor) for part in batches)
     ):
         raise TypeError("batches must hold (inputs, targets) pairs, found tensors; pass [(inputs, targets)]")
-
-
-def _restore_modes(modes: Mapping[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import inspect
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -251,11 +252,11 @@ def log_artifact(
         path: the file or folder; copied now, so that later changes do not matter.
         name: letters, digits, dashes, underscores and dots; the same name again makes a new version.
         type: what it is, such as ``dataset`` or ``model``.
-        metadata: plain values that W&B shows beside it: method, seed, source.
+        metadata: plain values that W&B shows beside it: method, seed, source. Infinities and NaN become strings.
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``.
-        ValueError: for a name that W&B refuses.
+        ValueError: for a name that W&B refuses, or more than 100 entries of metadata.
 
     Example:
         >>> trainer = pl.Trainer(logger=False, enable_checkpointing=False)
@@ -263,6 +264,8 @@ def log_artifact(
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError(f"name may hold letters, digits, dashes, underscores and dots, got {name!r}; rename it")
+    if metadata is not None and len(metadata) > 100:
+        raise ValueError(f"W&B takes 100 entries of metadata, got {len(metadata)}; group them in dictionaries")
     if not trainer.is_global_zero:  # the other ranks need not see the file
         return
     path = Path(path)
@@ -271,7 +274,7 @@ def log_artifact(
     for logger in _wandb_loggers(trainer):
         import wandb
 
-        artifact = wandb.Artifact(name, type=type, metadata=_plain(dict(metadata or {})))
+        artifact = wandb.Artifact(name, type=type, metadata=_finite(_plain(dict(metadata or {}))))
         if path.is_dir():
             artifact.add_dir(str(path))
         else:
@@ -417,6 +420,15 @@ def _plain(value: Any) -> Any:
     text = repr(value)
     # Layers span lines and default representations hold an address that differs in each run.
     return f"{type(value).__name__}()" if "\n" in text or " at 0x" in text or len(text) > 100 else text
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no numbers for; W&B refuses an artifact that holds it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return {name: _finite(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

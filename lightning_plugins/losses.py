@@ -9,7 +9,9 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.mixing import takes_mixed_labels
 
 __all__ = ["FocalLoss", "Normalise", "Reduction", "focal_loss"]
@@ -21,6 +23,7 @@ Reduction = Literal["mean", "sum", "none"]
 """One mean over the batch, one sum, or one value per sample."""
 
 
+@check_types
 @takes_mixed_labels
 def focal_loss(
     logits: Tensor,
@@ -95,6 +98,7 @@ class FocalLoss(ClassLoss):
         tensor(0.3466)
     """
 
+    @check_types
     def __init__(
         self,
         gamma: float = 2.0,
@@ -112,13 +116,28 @@ class FocalLoss(ClassLoss):
 
 
 def checked_logits(logits: Tensor, target: Tensor) -> Tensor:
-    """Return logits in float32 at least; refuse wrong shapes and labels that are no integers."""
-    if logits.ndim != 2 or target.shape != logits.shape[:1] or target.is_floating_point():
+    """Return logits in float32 at least; refuse wrong shapes and labels that are no int64 or, on a CPU, no classes."""
+    # Labels of eight bits would be taken for a mask where they index, and be a class elsewhere.
+    if logits.ndim != 2 or target.shape != logits.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
-            f"logits must be (N, C) and target integer classes (N,), got {tuple(logits.shape)} and "
-            f"{tuple(target.shape)} of {target.dtype}"
+            f"logits must be (N, C) and target integer classes (N,), int64, got {tuple(logits.shape)} and "
+            f"{tuple(target.shape)} of {target.dtype}; use target.long()"
         )
+    check_range(target, logits.shape[1])
     return wide(logits)
+
+
+def check_range(target: Tensor, num_classes: int) -> None:
+    """Refuse labels on a CPU outside ``[0, num_classes)``; elsewhere looking would make the device wait."""
+    if target.device.type != "cpu" or not target.numel() or torch.compiler.is_compiling():
+        return
+    if isinstance(target, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(target):
+        return
+    lowest, highest = (int(bound) for bound in target.aminmax())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(
+            f"target must be classes in [0, {num_classes}), found {lowest} to {highest}; drop rows of ignored labels"
+        )
 
 
 def wide(logits: Tensor) -> Tensor:

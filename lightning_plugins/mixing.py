@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
+
 __all__ = [
     "BatchMixing",
     "CutMix",
@@ -65,6 +67,7 @@ class MixedLabels(Tensor):
         shares: ``(K,)``, the same for all samples, or ``(K, N)``; at least 0, summing to 1 over ``K``.
 
     Raises:
+        TypeError: for what are no tensors.
         ValueError: if the shapes do not fit.
 
     Example:
@@ -85,9 +88,16 @@ class MixedLabels(Tensor):
 
     @staticmethod
     def __new__(cls, components: Tensor, shares: Tensor) -> MixedLabels:  # noqa: D102
+        if not (isinstance(components, Tensor) and isinstance(shares, Tensor)):
+            raise TypeError(
+                f"components and shares must be tensors, got {type(components).__name__} and {type(shares).__name__}; "
+                "use torch.as_tensor"
+            )
         if (
             components.ndim != 2
             or components.is_floating_point()
+            or components.is_complex()
+            or shares.is_complex()
             or shares.shape
             not in (
                 components.shape,
@@ -214,6 +224,7 @@ def takes_mixed_labels(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return wrapped
 
 
+@check_types
 def mixed_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Return the accuracy on mixed labels, :math:`\sum_k \lambda_k\, acc(y_k)`, a float32 scalar.
 
@@ -221,11 +232,19 @@ def mixed_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: ``(N, C)``.
         targets: :class:`MixedLabels`, soft labels ``(N, C)``, or integers ``(N,)``.
 
+    Raises:
+        ValueError: for other shapes.
+
     Example:
         >>> labels = MixedLabels(torch.tensor([[0], [1]]), torch.tensor([0.7, 0.3]))
         >>> mixed_accuracy(torch.tensor([[0.0, 2.0]]), labels)
         tensor(0.3000)
     """
+    if logits.ndim != 2 or not logits.shape[1] or targets.shape not in (logits.shape, logits.shape[:1]):
+        raise ValueError(
+            "logits must be (N, C) and targets (N,) or soft labels (N, C), got "
+            f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
     predicted = logits.argmax(1)
     if isinstance(targets, MixedLabels):
         shares = targets.shares.reshape(len(targets.shares), -1)
@@ -235,6 +254,7 @@ def mixed_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     return (predicted == targets).float().mean()
 
 
+@check_types
 def mixup(
     inputs: Tensor,
     targets: Tensor,
@@ -296,6 +316,7 @@ def mixup(
     return mixed.to(inputs.dtype), _labels(targets, orders, label_shares, num_classes)  # type: ignore[union-attr]
 
 
+@check_types
 def cutmix(
     inputs: Tensor,
     targets: Tensor,
@@ -348,6 +369,7 @@ def cutmix(
     return _masked(inputs, targets, mask[None], mask.mean()[None], num_classes, generator)
 
 
+@check_types
 def fmix(
     inputs: Tensor,
     targets: Tensor,
@@ -403,6 +425,7 @@ def fmix(
     return _masked(inputs, targets, masks, share, num_classes, generator)
 
 
+@check_types
 def fmix_mask(
     size: int | Sequence[int],
     lam: float,
@@ -445,6 +468,7 @@ def fmix_mask(
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam!r}")
     _check_fmix(decay, max_soft)
+    _check_generator(generator)
     device = torch.device("cpu") if generator is None else generator.device
     exact: dict[str, Any] = {"dtype": torch.float32, "device": device}
     axes = [torch.fft.fftfreq(length, **exact) for length in size[:-1]] + [torch.fft.rfftfreq(size[-1], **exact)]
@@ -481,6 +505,7 @@ class BatchMixing(nn.Module, ABC):
         super().__init__()
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
+        _check_generator(generator)
         self.num_classes, self.generator = num_classes, generator
 
     @abstractmethod
@@ -489,6 +514,7 @@ class BatchMixing(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return mixed inputs and labels; without ``num_classes`` labels that pass for integers."""
 
+    @check_types
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return mixed inputs and soft labels ``(N, C)``."""
         if self.num_classes is None:
@@ -521,6 +547,7 @@ class Mixup(BatchMixing):
         (torch.Size([2, 1, 4, 4]), torch.Size([2, 2]))
     """
 
+    @check_types
     def __init__(
         self,
         num_classes: int | None = None,
@@ -571,6 +598,7 @@ class CutMix(BatchMixing):
         torch.Size([3, 3])
     """
 
+    @check_types
     def __init__(
         self, num_classes: int | None = None, *, alpha: float = 1.0, generator: torch.Generator | None = None
     ) -> None:
@@ -605,6 +633,7 @@ class FMix(BatchMixing):
         torch.Size([3, 3])
     """
 
+    @check_types
     def __init__(
         self,
         num_classes: int | None = None,
@@ -674,6 +703,7 @@ class ForegroundRecombine(BatchMixing):
         Image Classification" (De-DA), 2024.
     """
 
+    @check_types
     def __init__(
         self,
         mask_fn: Callable[[Tensor], Tensor],
@@ -696,6 +726,7 @@ class ForegroundRecombine(BatchMixing):
         self.mask_fn, self.p = mask_fn, p
         self.degrees, self.scale, self.translate = degrees, scale, translate
 
+    @check_types
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return recombined images and their labels."""
         return self.mix(inputs, targets, num_classes=self.num_classes, generator=self.generator)
@@ -710,6 +741,8 @@ class ForegroundRecombine(BatchMixing):
                 "ForegroundRecombine takes images (N, channels, H, W) and integer labels (N,), got "
                 f"{tuple(inputs.shape)} and {type(targets).__name__} {tuple(targets.shape)}"
             )
+        if targets.dtype in (torch.bool, torch.uint8) or targets.is_complex():
+            raise ValueError(f"targets must be integer classes, got {targets.dtype}; use targets.long()")
         masks = self.mask_fn(inputs).float()
         if masks.shape != (len(inputs), 1, *inputs.shape[2:]):
             raise ValueError(
@@ -727,7 +760,8 @@ class ForegroundRecombine(BatchMixing):
         ground = (1 - masks) * inputs.float()
         mean = ground.sum((2, 3), keepdim=True) / (1 - masks).sum((2, 3), keepdim=True).clamp_min(1.0)
         mixed = moved[:, :-1] + (1 - moved[:, -1:]) * (ground + masks * mean)[background]
-        labels = targets if num_classes is None else F.one_hot(targets, num_classes).float()
+        whole = torch.ones(1, device=targets.device)
+        labels = targets if num_classes is None else _soft(targets[None], whole, num_classes)
         return torch.where(chosen, mixed.to(inputs.dtype), inputs), labels
 
     def _moved(self, images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -794,9 +828,15 @@ def _masked(
 
 def _rng(generator: torch.Generator | None) -> np.random.Generator:
     """Return a numpy generator seeded by torch's; torch draws no Beta or Dirichlet values from a generator."""
+    _check_generator(generator)
     device = "cpu" if generator is None else generator.device
     words = torch.randint(2**31, (4,), generator=generator, device=device)
     return np.random.default_rng(words.tolist())
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got a {type(generator).__name__}")
 
 
 def _dirichlet(

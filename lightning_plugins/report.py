@@ -41,7 +41,8 @@ def write_report(
     the newest picture and table of each key below ``media/``, ``config.yaml``, and ``results.json``, a dictionary with
     any of ``recipe``, ``description``, ``metrics`` (figures by name), ``command``, ``seed``, ``seconds`` (a number, or
     one for each phase by name), ``date``, ``hardware``, ``versions`` (by package), ``weights_tested``, ``checkpoints``
-    and ``exports`` (lists of paths). The page follows the reader's light or dark scheme.
+    and ``exports`` (lists of paths), and ``highlights``, the keys of tables and pictures that come before everything
+    else. The page follows the reader's light or dark scheme.
 
     Args:
         folder: the run's folder.
@@ -80,9 +81,13 @@ def write_report(
     others = [
         [_path(_without_stage(name)), _figure(name, value)] for name, value in figures.items() if name not in tiles
     ]
+    first = results.get("highlights") or []
     tables = [_table("Further figures", ["figure", "value"], others)] if others else []
-    tables += [_table_file(medium) for medium in _newest_media(folder / "media", ".csv")]
-    pictures = [_picture(medium) for medium in _newest_media(folder / "media", ".png")]
+    media = {suffix: _newest_media(folder / "media", suffix) for suffix in (".csv", ".png")}
+    tables += [_table_file(medium) for medium in media[".csv"] if medium.key not in first]
+    pictures = [_picture(medium) for medium in media[".png"] if medium.key not in first]
+    highlights = [_table_file(medium, readable=True) for medium in media[".csv"] if medium.key in first]
+    highlights += [_picture(medium) for medium in media[".png"] if medium.key in first]
 
     seconds = results.get("seconds")
     phases = seconds if isinstance(seconds, dict) else {}
@@ -105,6 +110,7 @@ def write_report(
         _line_of(date, total, facts["Hardware"]),
         "</header>",
         f'<ul class="tiles">{"".join(_tile(name, value) for name, value in tiles.items())}</ul>' if tiles else "",
+        _section("Result", "tables", highlights),
         _section("Curves", "curves", _charts(folder / "metrics.csv")),
         _section("Pictures", "pictures", pictures),
         _section("Tables", "tables", tables),
@@ -303,11 +309,31 @@ def _picture(medium: _Medium) -> str:
     )
 
 
-def _table_file(medium: _Medium) -> str:
+def _table_file(medium: _Medium, *, readable: bool = False) -> str:
     rows = list(csv.reader(io.StringIO(_read_text(medium.path))))
     columns, cells = (rows[0], rows[1:]) if rows else ([], [])
     note = f"The first {_MAX_ROWS} of {len(cells)} rows." if len(cells) > _MAX_ROWS else ""
-    return _table(medium.caption(note), columns, cells[:_MAX_ROWS], escaped=True)
+    cells = cells[:_MAX_ROWS]
+    if readable:
+        columns, cells = _readable(columns, cells)
+    return _table(medium.caption(note), columns, cells, escaped=True)
+
+
+def _readable(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Name columns in words and round what they hold, accuracies in per cent."""
+    shares = [
+        _is_share(column, [float(row[i]) for row in rows if i < len(row) and _is_number(row[i])])
+        for i, column in enumerate(columns)
+    ]
+
+    def rounded(text: str, share: bool) -> str:
+        if not _is_number(text) or re.fullmatch(r"[+-]?\d+", text):
+            return text
+        value = 100 * float(text) if share else float(text)
+        return f"{value:.1f}" if share or abs(value) >= 10 else f"{value:.3f}"
+
+    names = [_pretty(column) + " (%)" * share for column, share in zip(columns, shares, strict=True)]
+    return names, [[rounded(text, share) for text, share in zip(row, shares, strict=False)] for row in rows]
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, escaped: bool = False) -> str:
@@ -346,7 +372,7 @@ def _charts(path: Path) -> list[str]:
     for name, points in series.items():
         if name.endswith("_step") and f"{name.removesuffix('_step')}_epoch" in series:
             continue  # Lightning's on_step=True, on_epoch=True: the epoch's mean says the same with less noise
-        quantity = re.sub("_(epoch|step|before|after)$", "", name.split("/")[-1])
+        quantity = re.sub(r"_(epoch|step|before|after|\d+bit)$", "", name.split("/")[-1])
         words = set(_words(quantity))
         group = "Loss" if words & _LOSSES else "Accuracy" if words & _ACCURACIES else _capital(_pretty(quantity))
         groups.setdefault(group, {})[name] = sorted(points)
@@ -485,7 +511,7 @@ th, td {
 }
 th:last-child, td:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom: 0; }
-th { color: var(--muted); font-weight: 500; }
+th { color: var(--muted); font-weight: 500; white-space: normal; vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .repeat-parts { padding: 1.1rem; }
 pre {

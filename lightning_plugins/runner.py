@@ -7,13 +7,17 @@ import os
 import platform
 import re
 import shlex
+import signal
+import sys
+import threading
 import time
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -23,6 +27,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_plugins.files import write_atomically
@@ -35,11 +40,20 @@ __all__ = ["LoggerName", "RecipeCLI", "RunInterrupted", "run"]
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 _FROM_DATA = ("num_classes", "in_channels", "image_size", "mean", "std")
+_HEADLINES = ("val/acc", "val/robust_acc", "val/distilled_acc")
 _RUN_DIR_VARIABLE = "LIGHTNING_PLUGINS_RUN_DIR"  # tells the further processes of one run where the first one writes
 
 
 class RunInterrupted(Exception):
-    """Somebody pressed Ctrl-C; the message says what is left and how to go on."""
+    """Somebody pressed Ctrl-C or sent SIGTERM; the message says what is left and how to go on.
+
+    Attributes:
+        code: the exit status by convention: 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RecipeCLI(LightningCLI):
@@ -136,7 +150,7 @@ def run(
 
     Raises:
         ValueError: for a wrong override, an unusable checkpoint or a folder that cannot be written.
-        RunInterrupted: after Ctrl-C.
+        RunInterrupted: after Ctrl-C or SIGTERM.
     """
     if resume is not None and weights is not None:
         raise ValueError("--resume trains on and --checkpoint only tests; pass one of them")
@@ -147,6 +161,24 @@ def run(
     command += ["--logger", logger] if logger != "csv" else []
     command += ["--root", root] if root != "runs" else []
     run_dir = _make_run_dir(root, recipe.name)
+    with _Interruptions(lambda: _how_to_resume(run_dir, command)) as interruptions:
+        try:
+            return _run(recipe, overrides, run_dir, command, logger, checkpoint, tested_weights, interruptions)
+        except BaseException:
+            _close_failed_wandb_run()
+            raise
+
+
+def _run(
+    recipe: Recipe,
+    overrides: Sequence[str],
+    run_dir: Path,
+    command: list[str],
+    logger: LoggerName,
+    checkpoint: str | None,
+    tested_weights: str | None,
+    interruptions: _Interruptions,
+) -> Path:
     try:
         base = None if tested_weights is None else _parts_of_run(tested_weights)
         cli = RecipeCLI(recipe, overrides, run_dir=run_dir, loggers=_loggers(logger, run_dir, recipe.name), base=base)
@@ -155,22 +187,22 @@ def run(
             run_dir.rmdir()
         raise
     trainer, module, datamodule = cli.trainer, cli.model, cli.datamodule
+    interruptions.trainer = trainer
     for wandb_logger in trainer.loggers:
         if isinstance(wandb_logger, WandbLogger):
             wandb_logger.log_hyperparams({"recipe": recipe.name, "config": _plain_config(cli)})
-    define_metric(trainer, "val/acc", summary="max")
+    for key in _HEADLINES:
+        define_metric(trainer, key, summary="max")
 
     seconds: dict[str, float] = {}
     metrics: dict[str, float] = {}
     if tested_weights is None:
         start = time.monotonic()
-        try:
-            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit as error:
-            if trainer.state.status != TrainerStatus.INTERRUPTED:
-                raise
-            raise RunInterrupted(_how_to_resume(run_dir, command)) from error
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        interruptions.check()
         seconds["fit"] = time.monotonic() - start
+        if checkpoint is not None and trainer.checkpoint_callback is not None:
+            _keep_checkpoint(trainer, run_dir)
         metrics = _floats(trainer.callback_metrics)
     tested = "last" if tested_weights is None else tested_weights
     if is_overridden("test_step", module) and (datamodule is None or is_overridden("test_dataloader", datamodule)):
@@ -186,11 +218,63 @@ def run(
             weights_only=True,
             verbose=False,
         )
+        interruptions.check()
         seconds["test"] = time.monotonic() - start
         metrics |= _floats(trainer.callback_metrics)
     if trainer.is_global_zero:
         _finish(cli, run_dir, recipe, command, metrics, seconds, tested)
     return run_dir
+
+
+class _Interruptions:
+    """Turns Ctrl-C and SIGTERM, at whatever moment of a run, into :class:`RunInterrupted`.
+
+    While the Trainer runs, Lightning answers both: it stops behind the batch. Before, between and after, we do.
+
+    Args:
+        message: makes what the user reads.
+    """
+
+    def __init__(self, message: Callable[[], str]) -> None:
+        self.message = message
+        self.trainer: pl.Trainer | None = None
+        self.before: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # signals are set nowhere else
+            self.before = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def check(self) -> None:
+        """Stop now if SIGTERM came when Lightning no longer looked."""
+        if self.trainer is not None and self.trainer.received_sigterm:
+            raise _Terminated
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        if self.trainer is None or self.trainer.state.status != TrainerStatus.RUNNING:
+            raise _Terminated
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+        if isinstance(error, (_Terminated, SIGTERMException)):
+            raise RunInterrupted(self.message(), 128 + signal.SIGTERM) from error
+        # Lightning makes an exit of a KeyboardInterrupt.
+        stopped = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        if stopped or isinstance(error, KeyboardInterrupt):
+            raise RunInterrupted(self.message(), 128 + signal.SIGINT) from error
+
+
+class _Terminated(BaseException):
+    """SIGTERM came while the Trainer was not running."""
+
+
+def _keep_checkpoint(trainer: pl.Trainer, run_dir: Path) -> None:
+    """Save the checkpoint of a run that was resumed when all its training was done, and so saved none itself."""
+    if trainer.strategy.broadcast(not any(run_dir.glob("checkpoints/*.ckpt"))):
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
 
 
 def find_checkpoint(path: str) -> str:
@@ -258,8 +342,16 @@ def _loggers(name: LoggerName, run_dir: Path, recipe: str) -> list[Logger]:
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
     elif name == "wandb":
-        title = f"{recipe} {run_dir.name}"
-        loggers.append(WandbLogger(name=title, project="lightning-plugins", group=recipe, save_dir=run_dir))
+        # What is passed to W&B wins over its environment variables, and those it reads once in a process.
+        loggers.append(
+            WandbLogger(
+                name=os.environ.get("WANDB_NAME", f"{recipe} {run_dir.name}"),
+                project=os.environ.get("WANDB_PROJECT", "lightning-plugins"),
+                group=os.environ.get("WANDB_RUN_GROUP", recipe),
+                id=os.environ.get("WANDB_RUN_ID"),  # a run goes on under it
+                save_dir=run_dir.absolute(),  # its background process keeps the folder that it was started in
+            )
+        )
     return loggers
 
 
@@ -273,10 +365,15 @@ def _finish(
     tested: str,
 ) -> None:
     trainer = cli.trainer
-    exports = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    exports: list[Path] = []
+    models: list[Path] = []
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
         if hasattr(callback, "export"):
-            exports += callback.export(run_dir / "exports")
+            paths = callback.export(run_dir / "exports")
+            exports += paths
+            # What is no model its callback logs as what it is.
+            models += paths if getattr(callback, "artifact_type", "model") == "model" else []
     checkpoints = sorted(run_dir.glob("checkpoints/*.ckpt"))
     results = {
         "recipe": recipe.name,
@@ -291,15 +388,25 @@ def _finish(
         "versions": {name: version(name) for name in ("lightning-plugins", "lightning", "torch", "torchvision")},
         "checkpoints": [str(path.relative_to(run_dir)) for path in checkpoints],
         "exports": [str(path.relative_to(run_dir)) for path in exports],
+        "highlights": [key for callback in callbacks for key in getattr(callback, "highlights", ())],
     }
     write_atomically(run_dir / "results.json", json.dumps(results, indent=2).encode())
     write_report(run_dir)
     log_summary(trainer, {name: value for name, value in metrics.items() if name.startswith("test/")})
-    if exports:
-        log_artifact(trainer, run_dir / "exports", name=recipe.name.replace("/", "-"), type="model", metadata=metrics)
+    if models:
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", recipe.name)
+        metadata = {"recipe": recipe.name, "metrics": metrics}
+        log_artifact(trainer, run_dir / "exports", name=name, type="model", metadata=metadata)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
+
+
+def _close_failed_wandb_run() -> None:
+    """Keep the next run of this process from going on in it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=1)
 
 
 def _how_to_resume(run_dir: Path, command: list[str]) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import permutations
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,10 +31,12 @@ from lightning_plugins.callbacks import (
     MixedSampleAugmentation,
     MultiPrecisionQAT,
     NeuralCollapseMonitor,
+    PlainTwin,
     PostHocCalibration,
     PostTrainingQuantization,
     RobustnessEvaluation,
     TrainingStepCallback,
+    VariantComparison,
 )
 from lightning_plugins.quantization import (
     load_binary_checkpoint,
@@ -57,6 +58,8 @@ from toys import (
 class InputNoise(TrainingStepCallback):
     """The smallest honest user of the training-step mechanism; its noise depends on the step alone."""
 
+    changes_batch = True
+
     def around_training_step(self, trainer, pl_module, step, batch, batch_idx):
         inputs, _ = self.batch_fn(batch)
         generator = torch.Generator().manual_seed(trainer.global_step)
@@ -77,6 +80,7 @@ class Row:
         restore: undoes the change of structure.
         load: converts a plain module as a checkpoint says, and loads it.
         argument: one that reaches the loggers; ``batch_fn`` where it reads batches.
+        paired: further arguments beside another callback, on :class:`.ThreeLayers`.
     """
 
     make: Callable[..., pl.Callback]
@@ -87,8 +91,11 @@ class Row:
     restore: Callable[..., Any] = restore_
     load: Callable[..., Any] = load_converted
     argument: str = "batch_fn"
+    paired: Mapping[str, Any] = field(default_factory=dict)
 
 
+# What retrains the last layer needs it in full precision; alone, these rows convert it.
+HEAD_AS_IT_IS = {"exclude": ("net.5",)}
 # The toys' inputs are no images; this maps them into [0, 1].
 PIXELS = {"mean": [0.5], "std": [1 / 16]}
 ATTACK = PGDAttack(eps=0.02, num_steps=2)
@@ -108,11 +115,13 @@ CALLBACKS = {
         changes_structure=True,
         restore=restore_binary_,
         load=load_binary_checkpoint,
+        paired={"keep_real": ("last",)},
     ),
     "BitPlanQAT": Row(
         partial(BitPlanQAT, bits=(8, 4), first_last_bits=2, order="hawq", unlock_epochs=2, score="zd"),
         changes_training=True,
         changes_structure=True,
+        paired=HEAD_AS_IT_IS,
     ),
     "CalibrationMonitor": Row(partial(CalibrationMonitor, ["ece", "nll", "ks"], groups="label")),
     "CalibratorComparison": Row(
@@ -139,6 +148,7 @@ CALLBACKS = {
         ),
         changes_training=True,
         changes_structure=True,
+        paired=HEAD_AS_IT_IS,
     ),
     "MixedSampleAugmentation": Row(MixedSampleAugmentation, changes_training=True),
     "MultiPrecisionQAT": Row(
@@ -146,48 +156,33 @@ CALLBACKS = {
         changes_training=True,
         changes_structure=True,
         refuses=("accumulate",),
+        paired=HEAD_AS_IT_IS,
     ),
     "MultiPrecisionQAT, accumulate": Row(
         partial(MultiPrecisionQAT, (8, 4, 2), first_last_bits=2, stepping="accumulate"),
         changes_training=True,
         changes_structure=True,
+        paired=HEAD_AS_IT_IS,
     ),
     "ClassifierHeadCalibration": Row(partial(ClassifierHeadCalibration, 20, num_epochs=2), changes_training=True),
     "NeuralCollapseMonitor": Row(partial(NeuralCollapseMonitor, num_samples=30, mixed=True)),
+    "PlainTwin": Row(PlainTwin, argument="name"),
     "PostHocCalibration": Row(PostHocCalibration, needs_validation=True),
-    "PostTrainingQuantization": Row(partial(PostTrainingQuantization, num_samples=16, num_steps=4, batch_size=8)),
+    "PostTrainingQuantization": Row(
+        partial(PostTrainingQuantization, num_samples=16, num_steps=4, batch_size=8), paired={"pipeline": "light"}
+    ),
     "RobustnessEvaluation": Row(
         partial(RobustnessEvaluation, ATTACK, {"fgsm": FGSMAttack(0.02)}, eps_grid=[0.01], **PIXELS)
     ),
+    "VariantComparison": Row(VariantComparison, argument="quantities"),
 }
 
 
 # Callbacks that work with one module of ours alone, and where their promises are tested.
-WITH_A_MODULE_OF_THEIR_OWN = {"DistilledSetEvaluation": "distillation/test_evaluation.py"}
-
-LOSS_FROM_TARGETS = ("CalibrationRegularizer", "DeferredReweighting")
-
-
-def refused(first: str, second: str) -> str:
-    """Return words of the reason why two callbacks in this order are refused; nothing if they work together."""
-    one, two = (name.partition(",")[0] for name in (first, second))
-    if CALLBACKS[first].changes_structure and CALLBACKS[second].changes_structure:
-        return "both convert the layers"
-    if {one, two} == {"BinaryQAT", "PostTrainingQuantization"}:
-        return "leave one of them out"
-    if (one, two) == ("AdversarialTraining", "AdversarialWeightPerturbation"):
-        return "must stand before it"
-    if two == "MixedSampleAugmentation" and (first == "AdversarialTraining, TRADES" or one in LOSS_FROM_TARGETS):
-        return "must stand behind MixedSampleAugmentation"
-    if (one, two) == ("MixedSampleAugmentation", "FreeAdversarialTraining"):
-        return "must stand before MixedSampleAugmentation"
-    if two == "CalibrationRegularizer" and first in ("AdversarialTraining, TRADES", "DeferredReweighting"):
-        return "must stand before it"
-    if {one, two} == {"AdversarialTraining", "FreeAdversarialTraining"}:
-        return "leave one of them out"
-    if {"AdversarialTraining, TRADES", "DeferredReweighting"} == {first, second}:
-        return "leave one of them out"
-    return ""
+WITH_A_MODULE_OF_THEIR_OWN = {
+    "DeploymentCheck": "test_edge.py",
+    "DistilledSetEvaluation": "distillation/test_evaluation.py",
+}
 
 
 @pytest.fixture(params=CALLBACKS.values(), ids=CALLBACKS.keys())
@@ -395,24 +390,6 @@ def test_hyper_parameters_reach_the_loggers(tmp_path, row):
     name = type(row.make()).__name__
     text = "".join(path.read_text() for path in tmp_path.rglob("hparams.yaml"))
     assert f"lightning_plugins/{name}/{row.argument}" in text
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    # A Trainer takes one callback of a class.
-    [pair for pair in permutations(CALLBACKS, 2) if len({name.partition(",")[0] for name in pair}) == 2],
-)
-def test_pairs_in_both_orders(tmp_path, first, second):
-    module = TinyModule()
-    trainer = make_trainer(tmp_path, 2, CALLBACKS[first].make(), CALLBACKS[second].make())
-    if words := refused(first, second):
-        with pytest.raises(MisconfigurationException, match=words):
-            trainer.fit(module)
-        return
-    trainer.fit(module)
-    trainer.test(module, verbose=False)
-    assert "training_step" not in vars(module)
-    assert "forward" not in vars(module)
 
 
 def test_every_public_callback_has_a_row():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -279,6 +281,57 @@ def test_ctrl_c_says_what_is_left(capsys, epoch):
     assert command[-2:] == ["--resume", str(checkpoint)]
     assert main([argument for argument in command[1:] if argument not in press]) == 0
     assert run_folders()[1].joinpath("results.json").exists()
+
+
+class Interrupt(pl.Callback):
+    """Stands in for a cluster whose time is over, or for somebody at the keyboard, at any moment of a run."""
+
+    def __init__(self, moment: str, name: str) -> None:
+        self.moment, self.signal = moment, signal.Signals[name]
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self.moment == "fit" and trainer.current_epoch == 1:
+            os.kill(os.getpid(), self.signal)
+
+    def on_test_start(self, trainer, pl_module):
+        if self.moment == "test":
+            os.kill(os.getpid(), self.signal)
+
+    def export(self, folder):
+        if self.moment == "export":
+            os.kill(os.getpid(), self.signal)
+        return []
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("moment", ["fit", "test", "export"])
+def test_a_signal_at_any_moment_says_how_to_go_on(capsys, moment, name, status):
+    press = ["--trainer.callbacks+=test_cli.Interrupt", f"--trainer.callbacks.moment={moment}"]
+    press += [f"--trainer.callbacks.name={name}"]
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["run", "quickstart", *SMALL, "--trainer.max_epochs=2", *press]) == status
+        assert signal.getsignal(signal.SIGTERM) == handlers[0]
+    finally:
+        signal.signal(signal.SIGINT, handlers[1])  # Lightning leaves it ignored
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (folder,) = run_folders()
+    assert shlex.split(error.splitlines()[-1])[-2:] == ["--resume", str(folder / "checkpoints" / "last.ckpt")]
+    assert not (folder / "results.json").exists()
+
+
+def test_resuming_a_run_whose_training_was_done(tmp_path):
+    assert main(["run", "quickstart", *SMALL]) == 0
+    (first,) = run_folders()
+    assert main(["run", "quickstart", *SMALL, "--resume", str(first)]) == 0
+    second = next(folder for folder in run_folders() if folder != first)
+    states = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (first, second)]
+    assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
+    metrics = [json.loads((folder / "results.json").read_text())["metrics"] for folder in (first, second)]
+    assert {k: v for k, v in metrics[0].items() if k.startswith("test/")} == {
+        k: v for k, v in metrics[1].items() if k.startswith("test/")
+    }
 
 
 def test_wandb_gets_config_history_pictures_and_summary():

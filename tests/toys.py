@@ -74,6 +74,21 @@ class TinyModule(pl.LightningModule):
         return self.loader(toy_data(32, seed=3))
 
 
+class ThreeLayers(TinyModule):
+    """A net with a layer to convert between the first and the last, and batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Hardtanh(), nn.Linear(8, 8), nn.Hardtanh(), nn.Linear(8, NUM_CLASSES)
+        )
+        for parameter in (p for p in self.net.parameters() if p.ndim == 2):
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        for layer in (part for part in self.net if isinstance(part, nn.Linear)):
+            layer.bias.data.zero_()
+
+
 class TinyImages(pl.LightningModule):
     """A user's module on images in [0, 1], with batch normalisation and dropout; class 2 is rare."""
 

@@ -45,7 +45,7 @@ def run(sensitivity: str, seed: int, options: argparse.Namespace) -> dict[str, f
             f"trainer.max_epochs={options.epochs}",
             f"trainer.callbacks.init_args.sensitivity={sensitivity}",
             "trainer.callbacks.init_args.warmup_epochs=2",
-            "trainer.limit_val_batches=16",
+            "trainer.limit_val_batches=8",
             "trainer.limit_test_batches=40",
             f"trainer.default_root_dir={folder}",
             "trainer.logger=false",
@@ -69,8 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of the data; Debian's package is found by itself")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train-share", type=float, default=0.05)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--train-share", type=float, default=0.04)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--json", type=Path, help="file to write the numbers to; runs that it holds are kept")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
@@ -95,16 +95,22 @@ def main() -> None:
         "| average bits, at most | Hessian-aware, % | uniform draws, % | difference |",
         "| --- | --- | --- | --- |",
     ]
-    at_least = 0
+    at_least = clear = 0
     for budget in BUDGETS:
         values = {name: [runs[f"{name}-{seed}"][f"acc_plan_{budget}"] for seed in options.seeds] for name in DRAWS}
         gains = [a - b for a, b in zip(*values.values(), strict=True)]
         at_least += statistics.fmean(gains) >= 0
+        clear += len(gains) > 1 and statistics.fmean(gains) > statistics.stdev(gains)
         lines.append(f"| {budget} | {' | '.join(cell(each) for each in values.values())} | {cell(gains)} |")
-    verdict = "holds" if at_least >= 0.7 * len(BUDGETS) else "does not hold here"
+    verdict = "holds" if at_least >= 0.7 * len(BUDGETS) else "does not hold"
+    verdict += f": at {at_least} of {len(BUDGETS)} by the mean; better by more than the spread over seeds at {clear}"
+    claim = "E5, Hessian-aware draws are at least as accurate as uniform ones at 70 % of the budgets"
+    report["verdicts"] = {claim: verdict}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     lines += [
         "",
-        f"At least as accurate at {at_least} of {len(BUDGETS)} budgets: the claim {verdict}.",
+        f"{claim}: {verdict}.",
         "",
         f"*ResNet-20 of width 8, {round(60_000 * options.train_share):,} training images, {options.epochs} epochs, "
         f"{len(options.seeds)} seeds, mean ± standard deviation; {platform.machine()} CPU, one thread; "

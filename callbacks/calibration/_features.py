@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_plugins.batches import LogitsFn
-from lightning_plugins.callbacks._borrow import evaluation_mode
 from lightning_plugins.data.loading import without_augmentation
 from lightning_plugins.features import PenultimateFeatures, classifier_layer
+from lightning_plugins.modes import evaluation_mode
 
 
 def find_head(pl_module: pl.LightningModule, name: str | None) -> nn.Linear:

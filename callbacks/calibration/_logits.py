@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_plugins.callbacks._borrow import evaluation_mode
+from lightning_plugins.modes import evaluation_mode
 
 
 def visit_batches(

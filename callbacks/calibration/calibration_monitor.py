@@ -17,6 +17,7 @@ from lightning_plugins.calibration._criteria import criterion_of
 from lightning_plugins.calibration._monitoring import CalibrationSums, accuracy_bands
 from lightning_plugins.callbacks._distributed import gather_rows
 from lightning_plugins.callbacks.calibration._logits import check_logits
+from lightning_plugins.checks import check_types
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class CalibrationMonitor(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
     """
 
+    @check_types
     def __init__(
         self,
         metrics: Sequence[str] | None = None,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -15,8 +14,8 @@ from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.calibration.h_calibration import h_calibration_loss
 from lightning_plugins.calibration.kernel_density import ece_kde
 from lightning_plugins.calibration.losses import mmce, soft_binned_ece, weighted_mmce
-from lightning_plugins.callbacks.calibration._order import before
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
 from lightning_plugins.mixing import MixedLabels
 
 __all__ = ["CalibrationRegularizer"]
@@ -78,6 +77,9 @@ class CalibrationRegularizer(TrainingStepCallback):
         >>> callback = CalibrationRegularizer("mmce", strength=2.0)
     """
 
+    adds_to_loss = True
+
+    @check_types
     def __init__(
         self,
         term: Term = "mmce",
@@ -94,16 +96,6 @@ class CalibrationRegularizer(TrainingStepCallback):
         self.term = term
         self.strength = (2.0 if "mmce" in term else 1.0) if strength is None else strength
         self._mean = MeanMetric(nan_strategy="disable")
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for callback in before(trainer, self) if stage == "fit" else []:
-            if callback.replaces_loss:
-                name = type(callback).__name__
-                raise MisconfigurationException(
-                    f"{name} replaces the loss and would ignore the term of CalibrationRegularizer, which must stand "
-                    f"before it: callbacks=[CalibrationRegularizer(...), {name}(...)]"
-                )
-        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._mean.to(pl_module.device).reset()

@@ -29,8 +29,10 @@ from lightning_plugins.calibration._comparison import (
     table_of,
 )
 from lightning_plugins.callbacks._borrow import borrow_attribute
+from lightning_plugins.callbacks._composition import check_composition
 from lightning_plugins.callbacks._distributed import gather_rows
 from lightning_plugins.callbacks.calibration._logits import check_logits, visit_batches
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_table
 
@@ -79,6 +81,9 @@ class CalibratorComparison(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[CalibratorComparison()], logger=False, enable_checkpointing=False)
     """
 
+    reads_final_weights = True
+
+    @check_types
     def __init__(
         self,
         calibrators: dict[str, Calibrator] | list[Calibrator] | None = None,
@@ -135,6 +140,7 @@ class CalibratorComparison(pl.Callback):
         # What a callback puts in place of forward, when a stage starts, must not be calibrated again.
         self._forward = pl_module.forward
         if stage == "fit":
+            check_composition(trainer)
             self._contestants = []  # of other weights
             log_callback_hyperparameters(trainer, self)
 

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -20,6 +21,7 @@ from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_
 from lightning_plugins.calibration.metrics import ece
 from lightning_plugins.calibration.scoring import nll
 from lightning_plugins.calibration.virtual_representations import FeatureStatistics, HeadCalibration, calibrate_head_
+from lightning_plugins.callbacks._composition import check_composition, tell_weights_were_replaced
 from lightning_plugins.callbacks._distributed import gather_rows
 from lightning_plugins.callbacks.calibration._features import (
     classes_of,
@@ -28,7 +30,7 @@ from lightning_plugins.callbacks.calibration._features import (
     head_inputs_and_outputs,
     training_batches,
 )
-from lightning_plugins.callbacks.calibration.post_hoc import PostHocCalibration
+from lightning_plugins.checks import check_types
 from lightning_plugins.grouped import ClassAccuracy
 from lightning_plugins.logging import log_callback_hyperparameters, log_metrics
 
@@ -85,6 +87,10 @@ class ClassifierHeadCalibration(pl.Callback):
         NeurIPS 2021.
     """
 
+    reads_final_weights = True
+    changes_final_weights = True
+
+    @check_types
     def __init__(
         self,
         samples_per_class: int = 200,
@@ -156,18 +162,16 @@ class ClassifierHeadCalibration(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        find_head(pl_module, self.head)
+        check_composition(trainer)
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()  # the head may come from there, and Lightning calls it only later
+        self._refuse_converted(find_head(pl_module, self.head))
         self._of_clients()
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, WeightAveraging) for callback in callbacks[callbacks.index(self) :]):
-            raise MisconfigurationException(
-                "weight averaging would overwrite the calibrated head at the end of training; put "
-                "ClassifierHeadCalibration behind it in the list of callbacks"
-            )
         log_callback_hyperparameters(trainer, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         head = find_head(pl_module, self.head)  # layers have their final form now
+        self._refuse_converted(head)
         if clients := self._of_clients():
             self._check_fits(clients[0], head)
 
@@ -201,6 +205,14 @@ class ClassifierHeadCalibration(pl.Callback):
         self._trained = dict(state_dict["trained_head"])
 
     # Mechanism
+
+    def _refuse_converted(self, head: nn.Linear) -> None:
+        if type(head).forward is not nn.Linear.forward:
+            raise MisconfigurationException(
+                f"ClassifierHeadCalibration retrains a head that computes with its weights as they are, found a "
+                f"{type(head).__name__}; leave the last layer in full precision (first_last_bits=32, or "
+                "keep_real=('last',) for BinaryQAT)"
+            )
 
     def _of_clients(self) -> list[FeatureStatistics]:
         return [FeatureStatistics.load(item) if isinstance(item, str) else item for item in self.statistics]
@@ -257,7 +269,7 @@ class ClassifierHeadCalibration(pl.Callback):
         metrics |= self._measure(trainer, pl_module, head, "after")
         metrics["calibration/head_loss_before"] = self.report.loss_before
         metrics["calibration/head_loss_after"] = self.report.loss_after
-        return metrics | self._fit_calibrators_again(trainer, pl_module)
+        return metrics | tell_weights_were_replaced(trainer, pl_module)
 
     def _collect(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, head: nn.Linear, statistics: FeatureStatistics
@@ -301,15 +313,6 @@ class ClassifierHeadCalibration(pl.Callback):
         values |= {"ece": ece(logits, labels, num_bins=self.num_bins, input="logits")}
         values |= {"nll": nll(logits, labels, input="logits")}
         return {f"calibration/head_{name}_{when}": value.item() for name, value in values.items()}
-
-    def _fit_calibrators_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            # One that has not been fitted to these weights yet will see the new head by itself.
-            if isinstance(callback, PostHocCalibration) and callback.fitted_at_step == trainer.global_step:
-                metrics |= callback.refit(trainer, pl_module)
-        return metrics
 
 
 def _is_last_epoch(trainer: pl.Trainer) -> bool:

@@ -15,9 +15,8 @@ from torchmetrics import MeanMetric
 from lightning_plugins.batches import BatchFn
 from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._classes import epochs_done, training_progress
-from lightning_plugins.callbacks.calibration._order import before, behind
-from lightning_plugins.callbacks.calibration.calibration_regularizer import CalibrationRegularizer
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
 from lightning_plugins.mixing import BatchMixing, CutMix, FMix, LabelLambda, MixedLabels, Mixup, mixed_accuracy
 
 __all__ = ["MixedSampleAugmentation"]
@@ -76,6 +75,11 @@ class MixedSampleAugmentation(TrainingStepCallback):
         Learning", ICML 2023. More references at the functions in :mod:`lightning_plugins.mixing`.
     """
 
+    mixes_samples = True
+    changes_batch = True
+    changes_targets = True
+
+    @check_types
     def __init__(
         self,
         policy: Literal["mixup", "cutmix", "fmix"] | BatchMixing = "mixup",
@@ -143,20 +147,6 @@ class MixedSampleAugmentation(TrainingStepCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            for callback in before(trainer, self):
-                if callback.replaces_loss or isinstance(callback, CalibrationRegularizer):
-                    name = type(callback).__name__
-                    raise MisconfigurationException(
-                        f"{name} would compute its loss from mixed inputs and unmixed targets; it must stand behind "
-                        f"MixedSampleAugmentation: callbacks=[MixedSampleAugmentation(...), {name}(...)]"
-                    )
-            for callback in behind(trainer, self):
-                if callback.replays_batch:
-                    name = type(callback).__name__
-                    raise MisconfigurationException(
-                        f"{name} replays the Trainer's batch and would drop the mixed one; it must stand before "
-                        f"MixedSampleAugmentation: callbacks=[{name}(...), MixedSampleAugmentation(...)]"
-                    )
             if self.soft_targets:
                 self._classes(pl_module)
             if self._is_share() and training_length_is_unknown(trainer):
@@ -220,8 +210,10 @@ class MixedSampleAugmentation(TrainingStepCallback):
     def _mixed(
         self, pl_module: pl.LightningModule, inputs: Tensor, targets: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        # A callback around this one may repeat the step, and those inside know a batch again by its tensors.
-        if self._kept is None or self._kept[0] is not inputs or self._kept[1] is not targets:
+        # A callback around this one may repeat the step, and those inside know a batch again by its tensors. A mixture
+        # with a graph to the inputs serves one backward pass; the generator makes the same one again.
+        known = self._kept is not None and self._kept[0] is inputs and self._kept[1] is targets
+        if self._kept is None or not known or inputs.requires_grad:
             classes = self._classes(pl_module) if self.soft_targets else None
             try:
                 mixed = self._mixing.mix(inputs, targets, num_classes=classes, generator=generator)

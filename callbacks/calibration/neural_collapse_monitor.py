@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
@@ -21,6 +22,7 @@ from lightning_plugins.callbacks.calibration._features import (
     head_inputs_and_outputs,
     training_batches,
 )
+from lightning_plugins.checks import check_types
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure
 
 __all__ = ["NeuralCollapseMonitor"]
@@ -65,6 +67,7 @@ class NeuralCollapseMonitor(pl.Callback):
         ICLR 2024.
     """
 
+    @check_types
     def __init__(
         self,
         every_n_epochs: int = 1,
@@ -92,6 +95,8 @@ class NeuralCollapseMonitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            if is_overridden("configure_model", pl_module):
+                pl_module.configure_model()  # the head may come from there, and Lightning calls it only later
             find_head(pl_module, self.head)
             log_callback_hyperparameters(trainer, self)
 

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.evaluation import (
     NetAccuracies,
     Protocol,
@@ -18,6 +19,7 @@ from lightning_plugins.distillation.evaluation import (
     TrainedNets,
     baseline_sets,
     improvement_over_random,
+    picture_set,
     protocol_named,
     set_facts,
     train_nets,
@@ -41,8 +43,8 @@ class DistilledSetEvaluation(pl.Callback):
 
     Logged, with ``val/`` or ``test/`` before: ``distilled_acc`` (mean over networks), ``distilled_acc_std``,
     ``distilled_acc_worst`` (of the worst class), ``random_acc`` and, for rho > 1, ``mix_acc`` (mosaics of real images),
-    ``gain_over_random`` (over the better of the two), ``<architecture>_acc``; the figure ``distilled_classes`` and the
-    table ``distilled``, which says beside each accuracy what it was reached with.
+    ``gain_over_random`` (over the better of the two), ``<architecture>_acc``, ``png_acc`` and ``png_drop``; the figure
+    ``distilled_classes`` and the table ``distilled``, which says beside each accuracy what it was reached with.
 
     Args:
         protocol: ``"house"``, ``"vico"``, ``"idc"`` or ``"ncfm"``, or a :class:`.Protocol`.
@@ -53,6 +55,8 @@ class DistilledSetEvaluation(pl.Callback):
         epochs: in place of the protocol's length.
         steps: likewise, in optimizer steps.
         labels: ``"soft"`` trains on the set's soft labels.
+        png: whether the set is evaluated as its exported pictures hold it too, by networks of the same seeds:
+            ``png_drop`` is what 8 bits (and, for normalised images that leave [0, 1], the scaling) cost.
         joint: whether the networks are trained at once, see :func:`.train_nets`.
         seed: of networks, orders and random images.
 
@@ -65,6 +69,7 @@ class DistilledSetEvaluation(pl.Callback):
         >>> callback = DistilledSetEvaluation("house", num_nets=3, steps=500)
     """
 
+    @check_types
     def __init__(
         self,
         protocol: Protocol | str = "house",
@@ -76,6 +81,7 @@ class DistilledSetEvaluation(pl.Callback):
         epochs: int | None = None,
         steps: int | None = None,
         labels: Literal["hard", "soft"] = "hard",
+        png: bool = False,
         joint: bool | None = None,
         seed: int = 0,
     ) -> None:
@@ -89,6 +95,7 @@ class DistilledSetEvaluation(pl.Callback):
         self.protocol = protocol_named(protocol).resized(epochs=epochs, steps=steps)
         self.num_nets, self.every_n_epochs, self.baselines = num_nets, every_n_epochs, baselines
         self.architectures, self.labels, self.joint, self.seed = tuple(architectures), labels, joint, seed
+        self.png = png
         self._nets: dict[str, TrainedNets] = {}
         self._counts: dict[str, Tensor] = {}
         self._known: dict[str, dict[str, NetAccuracies]] = {}
@@ -181,6 +188,9 @@ class DistilledSetEvaluation(pl.Callback):
         with isolate_rng():
             for name, source in sources.items():
                 self._nets[name] = self._trained(trainer, module, source, None, name == "distilled")
+            if self.png:
+                pictures = picture_set(synthetic)
+                self._nets["png"] = self._trained(trainer, module, pictures, None, True)
             for name in self.architectures:
                 self._nets[name] = self._trained(trainer, module, synthetic, name, True)
         self._counts = {
@@ -195,7 +205,7 @@ class DistilledSetEvaluation(pl.Callback):
         if source.space == "pixel" and own:  # the last step may have left [0, 1], which the exported set does not
             images = source.normalise(source.decode().detach().clamp(0, 1)).flatten(0, 1)
         quick = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        protocol = self.protocol.resized(steps=1) if quick else self.protocol
+        protocol = self.protocol.resized(steps=1) if quick else self.protocol.for_set(source)
         number = 1 if quick else self.num_nets
         share = -(-number // trainer.world_size)
         first = trainer.global_rank * share
@@ -235,13 +245,13 @@ class DistilledSetEvaluation(pl.Callback):
                 for name, counts in self._counts.items()
             }
             others = {name: found.pop(name) for name in self.architectures}
-            distilled = found.pop("distilled")
+            distilled, png = found.pop("distilled"), found.pop("png", None)
             if found:
                 self._known[stage] = found
             baselines = self._known.get(stage, {})
             soft = self.labels == "soft"
             facts = set_facts(self._set(module), soft=soft)
-            self._fresh = SetEvaluation(self.protocol, distilled, baselines, others, facts)
+            self._fresh = SetEvaluation(self.protocol, distilled, baselines, others, facts, png)
             module.results[stage] = self._fresh.to_dict()
             values = {
                 "distilled_acc": distilled.mean,
@@ -249,6 +259,8 @@ class DistilledSetEvaluation(pl.Callback):
                 "distilled_acc_worst": min(value for value in distilled.per_class if value == value),
             }
             values |= {f"{name}_acc": row.mean for name, row in {**baselines, **others}.items()}
+            if png is not None:
+                values |= {"png_acc": png.mean, "png_drop": distilled.mean - png.mean}
             if baselines:
                 best = max(row.mean for row in baselines.values())
                 values["gain_over_random"] = improvement_over_random(distilled.mean, best)
@@ -265,6 +277,8 @@ class DistilledSetEvaluation(pl.Callback):
         evaluation, synthetic = self._fresh, self._set(self._module(pl_module))
         self._fresh = None
         rows = {"distilled": evaluation.distilled, **evaluation.baselines, **evaluation.architectures}
+        if evaluation.png is not None:
+            rows["png"] = evaluation.png
         names = synthetic.class_names or tuple(map(str, range(synthetic.num_classes)))
         bars = {name: row.per_class for name, row in rows.items()}
         log_figure(trainer, f"{stage}/distilled_classes", class_bars(bars, names, label="accuracy", percent=True))

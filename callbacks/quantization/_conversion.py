@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_plugins.callbacks._composition import check_composition
 
 
 class ConvertsLayers:
-    """Marks a callback that replaces layers of the module; a Trainer takes one of them."""
+    """Marks a callback that converts layers of the module; a Trainer takes one of them."""
+
+    converts_layers = True
 
     def refuse_others(self, trainer: pl.Trainer) -> None:
-        """Refuse a Trainer with another callback of this kind.
+        """Refuse a Trainer whose callbacks do not go together, before the layers are converted.
 
         Raises:
-            MisconfigurationException: if there is one.
+            MisconfigurationException: for the first pair that does not.
         """
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, ConvertsLayers) and other is not self:
-                raise MisconfigurationException(
-                    f"{type(self).__name__} and {type(other).__name__} both convert the layers of the module; leave "
-                    "one of them out"
-                )
+        check_composition(trainer)

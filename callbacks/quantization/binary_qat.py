@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.callbacks.quantization._conversion import ConvertsLayers
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
 from lightning_plugins.logging import log_figure, log_table
 from lightning_plugins.quantization.binary import (
     REAL,
@@ -102,6 +103,10 @@ class BinaryQAT(ConvertsLayers, TrainingStepCallback):
         Vargas et al., *BiPer: Binary Neural Networks using a Periodic Function*, 2024.
     """
 
+    makes_layers_binary = True
+    ignores_targets = True
+
+    @check_types
     def __init__(
         self,
         frequency: float = 20.0,
@@ -161,10 +166,17 @@ class BinaryQAT(ConvertsLayers, TrainingStepCallback):
         self._has_looked = False
         self._split = 0
 
+    @property
+    def adds_to_loss(self) -> bool:  # type: ignore[override]
+        """Whether there is a regularizer."""
+        return any(self._regularizer_weight(stage) for stage in (1, 2))
+
     # Structure
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.refuse_others(trainer)
+        if stage == "fit":  # before anything is converted
+            self._refuse_manual_optimization(pl_module)
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # the layers may come from there, and Lightning calls it only later
         self._pl_module = pl_module

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.callbacks.quantization.multi_precision_qat import Bits, MultiPrecisionQAT
 from lightning_plugins.callbacks.training_step import TrainingStepCallback
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_figure, log_table
 from lightning_plugins.quantization.accounting import cost
@@ -110,6 +111,7 @@ class BitPlanQAT(MultiPrecisionQAT):
         plans share one set of scales.
     """
 
+    @check_types
     def __init__(
         self,
         plan: str | Mapping[str, int] | None = None,
@@ -465,7 +467,7 @@ def first_pairs(
     with isolate_rng():  # data sets augment by the global generator
         torch.manual_seed(seed)
         count = 0
-        for batch in _some(loader, num_samples) if _is_indexable(dataset) else loader or ():
+        for batch in _some(loader, num_samples) if _is_indexable(dataset) else _or_nothing(loader):
             batch = trainer.precision_plugin.convert_input(batch)
             inputs, targets = batch_fn(trainer.strategy.batch_to_device(batch))
             yield inputs, targets
@@ -476,6 +478,10 @@ def first_pairs(
 
 def _is_indexable(dataset: Any) -> bool:
     return all(hasattr(dataset, name) for name in ("__getitem__", "__len__")) and len(dataset) > 0
+
+
+def _or_nothing(loader: Any) -> Any:
+    return () if loader is None else loader  # whether one without a length is empty nobody can ask
 
 
 def _some(loader: Any, num_samples: int) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from lightning_plugins.callbacks.quantization.bit_plan_qat import (
     table_state,
 )
 from lightning_plugins.callbacks.quantization.multi_precision_qat import Bits, MultiPrecisionQAT, SampleIdsFn
+from lightning_plugins.checks import check_types
 from lightning_plugins.logging import log_figure, log_metrics, log_table
 from lightning_plugins.quantization.alrs import ScalingRule
 from lightning_plugins.quantization.convert import BatchNorms, quantized_layers, shortcut_layers
@@ -114,6 +115,7 @@ class MixedPrecisionQAT(MultiPrecisionQAT):
         minimised.
     """
 
+    @check_types
     def __init__(
         self,
         bits: Sequence[int] = (8, 6, 4, 2),
@@ -314,7 +316,7 @@ class MixedPrecisionQAT(MultiPrecisionQAT):
         loaders = trainer.val_dataloaders
         pairs = (
             []
-            if not loaders
+            if loaders is None
             else list(first_pairs(trainer, loaders, self.num_samples, seed=self.seed, batch_fn=self.batch_fn))
         )
         if not pairs:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.callbacks._borrow import tap_forward
+from lightning_plugins.callbacks._variants import HasVariants
 from lightning_plugins.callbacks.quantization._conversion import ConvertsLayers
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_figure, log_table
 from lightning_plugins.quantization.accounting import cost
@@ -53,7 +56,7 @@ Bits = int | Mapping[str, int]
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 
-class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
+class MultiPrecisionQAT(ConvertsLayers, HasVariants, TrainingStepCallback):
     """Train one set of weights to work at several precisions: Double Rounding with adaptive learning-rate scaling.
 
     In ``setup`` the module's convolutions and linear layers are converted in place (see :func:`.convert_`), before
@@ -66,6 +69,9 @@ class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
     A checkpoint of such a run is one of a converted module. With this callback in the Trainer it loads anywhere;
     without, ``load_from_checkpoint`` and ``test(ckpt_path=...)`` fail and say so, and
     :func:`.load_converted` converts and loads a fresh module.
+
+    Callbacks that evaluate do so at each precision too: :class:`PostHocCalibration`, which fits a calibrator for each,
+    and :class:`RobustnessEvaluation` with ``per_variant=True``.
 
     Logged: ``val/acc_8bit`` and so on and their mean ``val/acc_bits_mean``, the same under ``test/`` (fractions in
     [0, 1], measured by this callback in further forward passes); once an epoch ``quantization/lambda_8bit`` (learning
@@ -119,6 +125,7 @@ class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
         Huang et al., *Nearly Lossless Adaptive Bit Switching*, 2025, algorithms A.1 (accumulate) and A.2 (sequential).
     """
 
+    @check_types
     def __init__(
         self,
         bits: Sequence[int] = (8, 6, 4, 2),
@@ -174,10 +181,28 @@ class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
         self._correct: dict[str, MeanMetric] = {}
         self._clipped: dict[str, dict[int, Tensor]] = {}
 
+    @property
+    def backpropagates(self) -> bool:  # type: ignore[override]
+        """Whether there is more than one pass, so that the loss it hands on is not the only one."""
+        return len(self._passes) > 1
+
+    @property
+    def changes_targets(self) -> bool:  # type: ignore[override]
+        """Whether it softens the targets."""
+        return self.self_distillation > 0
+
+    @property
+    def remembers_predictions(self) -> bool:
+        """Whether it knows the samples again."""
+        return self.self_distillation > 0
+
     # Structure
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.refuse_others(trainer)
+        if stage == "fit":  # before anything is converted
+            self._refuse_manual_optimization(pl_module)
+            self._choose_stepping(trainer)
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # the layers may come from there, and Lightning calls it only later
         self._pl_module = pl_module
@@ -210,8 +235,6 @@ class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
                 f"{type(self).__name__} trains {self.bits} bits and met a module that is converted for {found} "
                 "already; use those bits, or call lightning_plugins.quantization.restore_(module) first"
             )
-        if stage == "fit":
-            self._choose_stepping(trainer)
         super().setup(trainer, pl_module, stage)
 
     def _read_start(self) -> dict[str, Any] | None:
@@ -246,6 +269,24 @@ class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
     def _evaluated(self) -> dict[str, Bits]:
         """Return the bits at which accuracy is measured, by the end of the metric's name."""
         return {f"{b}bit": b for b in self.bits}
+
+    # What others evaluate
+
+    def variant_names(self) -> tuple[str, ...]:
+        return tuple(self._evaluated())
+
+    @contextmanager
+    def variant(self, pl_module: pl.LightningModule, name: str) -> Iterator[pl.LightningModule]:
+        switch_(pl_module, self._evaluated()[name])
+        self.active_variant = name
+        try:
+            yield pl_module
+        finally:
+            self.active_variant = None
+            self._rest(pl_module)
+
+    def variant_bytes(self, pl_module: pl.LightningModule, name: str) -> int | None:
+        return cost(pl_module, self._evaluated()[name]).packed_alone_bytes
 
     def _choose_stepping(self, trainer: pl.Trainer) -> None:
         obstacle = None
@@ -577,12 +618,11 @@ class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
             return
         inputs, targets = self.batch_fn(batch)
         for name, bits in self._evaluated().items():
-            switch_(pl_module, bits)
-            handles = self._watch_clipping(pl_module, bits) if batch_idx == 0 else []
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
+            with self.variant(pl_module, name), torch.no_grad(), trainer.precision_plugin.forward_context():
+                handles = self._watch_clipping(pl_module, bits) if batch_idx == 0 else []
                 logits = self.logits_fn(pl_module, inputs)
-            for handle in handles:
-                handle.remove()
+                for handle in handles:
+                    handle.remove()
             if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.is_floating_point():
                 raise MisconfigurationException(
                     f"{type(self).__name__} measures accuracy from logits (N, C) and integer targets (N,), found "
@@ -590,7 +630,6 @@ class MultiPrecisionQAT(ConvertsLayers, TrainingStepCallback):
                     "batch_fn and logits_fn that give those"
                 )
             self._correct[name].update((logits.argmax(1) == targets).float())
-        self._rest(pl_module)
 
     def _watch_clipping(self, pl_module: pl.LightningModule, bits: Bits) -> list[RemovableHandle]:
         def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
-from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
+from lightning_plugins.callbacks._composition import check_composition
+from lightning_plugins.checks import check_types
 from lightning_plugins.data.loading import without_augmentation
 from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_table
@@ -86,6 +87,8 @@ class PostTrainingQuantization(pl.Callback):
         unit: of the budget.
         accuracy_ratio: lower as many layers of ``bits`` as leave this share of the full-precision accuracy on the
             validation data, in (0, 1], such as 0.99; see :func:`.plan_within_accuracy`. In place of plan and budget.
+        accuracy_confidence: in [0.5, 1), such as 0.95: how sure the plan must be to leave that share on other data too.
+            None takes the accuracy as measured, which other data miss about every second time.
         score: orders the layers for ``accuracy_ratio``; see :func:`.score_layers`.
         pipeline: ``"full"``, or ``"light"`` without AdaQuant and the tuning of biases.
         mode: of AdaQuant, ``"sequential"`` or ``"parallel"``; see :func:`.adaquant_`.
@@ -122,6 +125,10 @@ class PostTrainingQuantization(pl.Callback):
         2020.
     """
 
+    quantizes_afterwards = True
+    reads_final_weights = True
+
+    @check_types
     def __init__(
         self,
         plan: str | Mapping[str, int] | None = None,
@@ -130,6 +137,7 @@ class PostTrainingQuantization(pl.Callback):
         budget: float | None = None,
         unit: Literal["average_bits", "average_bits_per_layer", "bytes", "bops"] = "average_bits",
         accuracy_ratio: float | None = None,
+        accuracy_confidence: float | None = None,
         score: Score = "pairwise",
         pipeline: Pipeline = "full",
         mode: Mode = "sequential",
@@ -164,6 +172,11 @@ class PostTrainingQuantization(pl.Callback):
                 f"accuracy_ratio must lie in (0, 1] with at least two bits to choose among, got {accuracy_ratio!r} "
                 f"and bits={tuple(bits)}"
             )
+        if accuracy_confidence is not None and not (0.5 <= accuracy_confidence < 1 and accuracy_ratio is not None):
+            raise ValueError(
+                f"accuracy_confidence must lie in [0.5, 1) and needs accuracy_ratio, got {accuracy_confidence!r} and "
+                f"accuracy_ratio={accuracy_ratio!r}"
+            )
         if budget is not None and not budget > 0:
             raise ValueError(f"budget must be positive, got {budget!r}")
         choices: dict[str, tuple[object, tuple[str, ...]]] = {
@@ -179,7 +192,7 @@ class PostTrainingQuantization(pl.Callback):
         for name, (number, least) in limits.items():
             if number < least:
                 raise ValueError(f"{name} must be at least {least}, got {number!r}")
-        self.accuracy_ratio, self.score = accuracy_ratio, score
+        self.accuracy_ratio, self.accuracy_confidence, self.score = accuracy_ratio, accuracy_confidence, score
         self.budget, self.unit, self.pipeline, self.mode = budget, unit, pipeline, mode
         self.num_samples, self.num_steps, self.batch_size = num_samples, num_steps, batch_size
         self.learning_rates, self.seed, self.memory_limit = learning_rates, seed, memory_limit
@@ -225,11 +238,7 @@ class PostTrainingQuantization(pl.Callback):
     # When
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if any(isinstance(other, BinaryQAT) for other in trainer.callbacks):  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "PostTrainingQuantization finds no layers to quantize in a net that BinaryQAT makes binary; leave one "
-                "of them out"
-            )
+        check_composition(trainer)
         if stage != "fit":
             return
         if is_overridden("configure_model", pl_module):
@@ -401,6 +410,7 @@ class PostTrainingQuantization(pl.Callback):
             ratio=self.accuracy_ratio,
             evaluation=held_out,
             forward=self.logits_fn,  # type: ignore[arg-type]
+            confidence=self.accuracy_confidence,
         )
         if trainer.loggers:
             log_figure(trainer, "quantization/sensitivity", table.figure())

@@ -15,9 +15,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn
+from lightning_plugins.callbacks._borrow import unobserved
 from lightning_plugins.callbacks._classes import class_counts, epochs_done, training_progress
 from lightning_plugins.callbacks.robustness._attacking import PixelScale, generator_for
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
+from lightning_plugins.mixing import MixedLabels
 from lightning_plugins.robustness.attack import AttackResult
 from lightning_plugins.robustness.attacks import Attack, PGDAttack
 from lightning_plugins.robustness.budgets import class_budgets
@@ -75,6 +78,10 @@ class AdversarialTraining(TrainingStepCallback):
         Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, 2018.
     """
 
+    attacks_batch = True
+    changes_batch = True
+
+    @check_types
     def __init__(
         self,
         attack: Attack | None = None,
@@ -195,7 +202,7 @@ class AdversarialTraining(TrainingStepCallback):
         number = 8 * trainer.global_step + self._calls
         generator = generator_for(inputs, seed=self.seed, number=number, rank=trainer.global_rank)
         self._calls += 1
-        with _modes(pl_module, self.attack_mode):
+        with _modes(pl_module, self.attack_mode), unobserved():
             result = self._run_attack(pl_module, inputs, targets, generator)
         self._robust.update((~result.success).float())
         if result.num_gradients:
@@ -217,6 +224,8 @@ class AdversarialTraining(TrainingStepCallback):
         attack = self.attack
         if targets.ndim == 2:  # soft labels of a mixing callback
             targets = targets.argmax(1)
+        if isinstance(targets, MixedLabels):  # that the attack reads the shares does not say that the loss does
+            targets = MixedLabels(targets.components, targets.shares)
         try:
             if not isinstance(attack, PGDAttack):
                 return attack.with_eps(self._eps)(logits_fn, images, targets, generator=generator)

@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_plugins.callbacks.robustness.adversarial_training import AdversarialTraining
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
 
 __all__ = ["AdversarialWeightPerturbation"]
 
@@ -36,7 +36,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback):
 
     Raises:
         ValueError: for an argument out of range.
-        MisconfigurationException: in ``setup``, if it stands behind :class:`AdversarialTraining`.
+        MisconfigurationException: in ``setup``, if it stands behind what attacks the batch or changes the loss.
 
     Example:
         >>> from lightning_plugins.callbacks import AdversarialTraining, AdversarialWeightPerturbation
@@ -46,6 +46,9 @@ class AdversarialWeightPerturbation(TrainingStepCallback):
         Wu, Xia, Wang, *Adversarial Weight Perturbation Helps Robust Generalization*, 2020.
     """
 
+    repeats_step = True
+
+    @check_types
     def __init__(self, gamma: float = 0.01, *, warmup_epochs: int = 0) -> None:
         super().__init__()
         if not 0 <= gamma < float("inf"):
@@ -54,15 +57,6 @@ class AdversarialWeightPerturbation(TrainingStepCallback):
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs!r}")
         self.gamma, self.warmup_epochs = gamma, warmup_epochs
         self._saved: dict[nn.Parameter, Tensor] = {}
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        callbacks = list(getattr(trainer, "callbacks", []))
-        if any(isinstance(callback, AdversarialTraining) for callback in callbacks[: callbacks.index(self)]):
-            raise MisconfigurationException(
-                "AdversarialWeightPerturbation perturbs the weights for the whole loss of AdversarialTraining and must "
-                "stand before it: callbacks=[AdversarialWeightPerturbation(...), AdversarialTraining(...)]"
-            )
-        super().setup(trainer, pl_module, stage)
 
     def around_training_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int

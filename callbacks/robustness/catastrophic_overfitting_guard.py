@@ -11,10 +11,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
-from lightning_plugins.callbacks._borrow import evaluation_mode
+from lightning_plugins.callbacks._composition import check_composition, tell_weights_were_replaced
 from lightning_plugins.callbacks.robustness._attacking import PixelScale, generator_for
+from lightning_plugins.checks import check_types
 from lightning_plugins.gradients import grad_context, ordinary
 from lightning_plugins.logging import log_callback_hyperparameters
+from lightning_plugins.modes import evaluation_mode
 from lightning_plugins.robustness.attacks import PGDAttack
 
 __all__ = ["CatastrophicOverfittingGuard"]
@@ -58,6 +60,7 @@ class CatastrophicOverfittingGuard(pl.Callback):
     batch_fn: BatchFn = staticmethod(inputs_and_targets)
     logits_fn: LogitsFn = staticmethod(forward_logits)
 
+    @check_types
     def __init__(
         self,
         attack: PGDAttack | None = None,
@@ -85,8 +88,14 @@ class CatastrophicOverfittingGuard(pl.Callback):
         self._before: float | None = None
         self._weights: dict[str, Tensor] = {}
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether it may put back the weights of the epoch before."""
+        return self.action == "stop"
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            check_composition(trainer)
             log_callback_hyperparameters(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,6 +127,7 @@ class CatastrophicOverfittingGuard(pl.Callback):
             )
             if self.action == "stop":
                 pl_module.load_state_dict(self._weights)
+                pl_module.log_dict(tell_weights_were_replaced(trainer, pl_module), sync_dist=True)
                 trainer.should_stop = True
                 return
         self._before = accuracy

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.callbacks._classes import class_counts, training_progress
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
 from lightning_plugins.robustness.reweighting import (
     effective_number_weights,
     focal_loss,
@@ -65,6 +66,7 @@ class DeferredReweighting(TrainingStepCallback):
 
     replaces_loss = True
 
+    @check_types
     def __init__(
         self,
         loss: Loss = "ce",
@@ -94,15 +96,6 @@ class DeferredReweighting(TrainingStepCallback):
         self.gamma, self.max_margin, self.scale, self.counts = gamma, max_margin, scale, counts
         self._counts: Tensor | None = None
         self._weights: Tensor | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for callback in getattr(trainer, "callbacks", []):
-            if getattr(callback, "objective", None) is not None:
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} replaces the loss by its objective and would ignore "
-                    "DeferredReweighting; leave one of them out, or use an objective that reweights"
-                )
-        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         counts = class_counts(trainer) if self.counts is None else torch.as_tensor(self.counts)

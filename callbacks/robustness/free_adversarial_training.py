@@ -14,8 +14,8 @@ from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn
 from lightning_plugins.callbacks.robustness._attacking import PixelScale
-from lightning_plugins.callbacks.robustness.adversarial_training import AdversarialTraining
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
+from lightning_plugins.checks import check_types
 
 __all__ = ["FreeAdversarialTraining"]
 
@@ -54,8 +54,11 @@ class FreeAdversarialTraining(TrainingStepCallback):
         Shafahi et al., *Adversarial Training for Free!*, 2019, algorithm 1.
     """
 
+    attacks_batch = True
+    changes_batch = True
     replays_batch = True
 
+    @check_types
     def __init__(
         self,
         eps: float = 8 / 255,
@@ -81,16 +84,11 @@ class FreeAdversarialTraining(TrainingStepCallback):
         self._size = MeanMetric(nan_strategy="disable")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            if trainer.accumulate_grad_batches != 1:
-                raise MisconfigurationException(
-                    "FreeAdversarialTraining needs an update after every replay; set accumulate_grad_batches=1, found "
-                    f"{trainer.accumulate_grad_batches}"
-                )
-            if any(isinstance(callback, AdversarialTraining) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                raise MisconfigurationException(
-                    "FreeAdversarialTraining and AdversarialTraining both attack the batch; leave one of them out"
-                )
+        if stage == "fit" and trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                "FreeAdversarialTraining needs an update after every replay; set accumulate_grad_batches=1, found "
+                f"{trainer.accumulate_grad_batches}"
+            )
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,8 +11,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
+from lightning_plugins.callbacks._borrow import unobserved
 from lightning_plugins.callbacks._classes import class_counts
+from lightning_plugins.callbacks._variants import variants
 from lightning_plugins.callbacks.robustness._attacking import PixelScale, generator_for
+from lightning_plugins.checks import check_types
 from lightning_plugins.gradients import grad_context, ordinary
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_table
 from lightning_plugins.robustness.attack import AttackResult
@@ -22,11 +25,13 @@ from lightning_plugins.robustness.figures import (
     attacked_images_figure,
     class_accuracy_figure,
 )
-from lightning_plugins.robustness.metrics import RobustAccuracy, halves_by_count
+from lightning_plugins.robustness.metrics import Average, RobustAccuracy, halves_by_count
 
 __all__ = ["RobustnessEvaluation"]
 
 _NUM_PICTURES = 8
+
+_Metrics = dict[str, tuple[RobustAccuracy, RobustAccuracy]]  # by attack: over all samples, and of each class
 
 
 class RobustnessEvaluation(pl.Callback):
@@ -37,10 +42,14 @@ class RobustnessEvaluation(pl.Callback):
     as robust only if it is classified correctly and survives every one of them. Works inside ``fit``, ``validate`` and
     ``test`` with the Trainer's defaults; attacks run in float32 where the Trainer uses mixed precision.
 
+    A net that can be evaluated in several states, such as the precisions of :class:`MultiPrecisionQAT`, is tested in
+    each of them with ``per_variant=True``, by attacks on that state: a quantizer passes gradients straight through.
+
     Logged, with ``val/`` or ``test/`` before: ``clean_acc``, ``robust_acc``, ``robust_acc_balanced`` (mean over
     classes), ``robust_acc_worst`` (of the worst class), ``robust_acc_tail`` (mean over the rarer half of the classes,
-    where their counts are known), and in test ``robust_acc_<attack>`` for each attack. Further the pictures
-    ``class_accuracy``, ``attacked_images`` and ``accuracy_over_eps``, and the table ``classes``.
+    where their counts are known), and in test ``robust_acc_<attack>`` for each attack. What is measured in a further
+    state ends with its name: ``test/robust_acc_balanced_4bit``. Further the pictures ``class_accuracy``,
+    ``attacked_images`` and ``accuracy_over_eps``, and the table ``classes``.
 
     Args:
         val_attack: default :class:`.PGDAttack` with 10 steps in a radius of 8/255; its radius is what the other
@@ -50,6 +59,7 @@ class RobustnessEvaluation(pl.Callback):
         every_n_epochs: attack in the first and every n-th epoch of a fit; in between, the last values are logged again.
         eps_grid: radii at which accuracy is measured in test, on the first ``num_val_samples`` and by PGD of 20 steps;
             default six from 0 to twice the attack's. Empty for none.
+        per_variant: test each state of a net that has several too; it takes as long for each.
         tail: classes that count as tail; default the rarer half of a training set whose largest class is at least twice
             the smallest.
         counts: training samples of each class; default as the data module or training set tells.
@@ -76,6 +86,7 @@ class RobustnessEvaluation(pl.Callback):
     batch_fn: BatchFn = staticmethod(inputs_and_targets)
     logits_fn: LogitsFn = staticmethod(forward_logits)
 
+    @check_types
     def __init__(
         self,
         val_attack: Attack | bool | None = None,
@@ -84,6 +95,7 @@ class RobustnessEvaluation(pl.Callback):
         num_val_samples: int | None = 1000,
         every_n_epochs: int = 1,
         eps_grid: Sequence[float] | None = None,
+        per_variant: bool = False,
         tail: Sequence[int] | None = None,
         counts: Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
@@ -115,6 +127,7 @@ class RobustnessEvaluation(pl.Callback):
         self.val_attack, self.test_attacks = val_attack, dict(test_attacks)
         self.num_val_samples, self.every_n_epochs, self.eps_grid = num_val_samples, every_n_epochs, tuple(eps_grid)
         self.tail, self.counts, self.mean, self.std, self.seed = tail, counts, mean, std, seed
+        self.per_variant = per_variant
         self._norm = norm
         if batch_fn is not None:
             self.batch_fn = batch_fn
@@ -122,7 +135,7 @@ class RobustnessEvaluation(pl.Callback):
             self.logits_fn = logits_fn
         self._stage = "val"
         self._attacks: dict[str, Attack] = {}
-        self._metrics: dict[str, tuple[RobustAccuracy, RobustAccuracy]] = {}
+        self._metrics: dict[str, _Metrics] = {}  # by state, that at rest under ""
         self._radii: tuple[float, ...] = ()
         self._grid: dict[float, RobustAccuracy] = {}
         self._seen = 0
@@ -208,35 +221,63 @@ class RobustnessEvaluation(pl.Callback):
         inputs, targets = self.batch_fn(batch)
         if limit is not None:
             inputs, targets = inputs[: limit - self._seen], targets[: limit - self._seen]
-        with grad_context():
+        first = not self._metrics
+        # A calibrator over forward may have no gradient, as bins have none, and would hide the module from the attack.
+        with grad_context(), unobserved():
             inputs, targets = ordinary(inputs), ordinary(targets)
-            clean = self.logits_fn(pl_module, inputs)
-            survived = clean.argmax(1) == targets
-            first = not self._metrics
-            if first:
-                self._make_metrics(clean)
-            self._update("clean", clean.argmax(1), clean.argmax(1), targets)
-            worst = clean.argmax(1)
-            for number, (name, attack) in enumerate(self._attacks.items()):
-                result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, number)
-                attacked = result.logits.argmax(1)
-                self._update(name, clean.argmax(1), attacked, targets)
-                worst = torch.where(survived & (attacked != targets), attacked, worst)
-                survived &= attacked == targets
-                if first and self._pictures is None:
-                    self._keep_pictures(inputs, result, targets)
-            self._update("all", clean.argmax(1), worst, targets)
+            clean, pictured = self._measure(trainer, pl_module, "", inputs, targets, batch_idx)
+            if first and pictured is not None:
+                self._keep_pictures(inputs, pictured, targets)
             if self._seen < (self.num_val_samples or float("inf")):
-                for number, eps in enumerate(self._grid):
+                for number, eps in enumerate(self._radii):
                     attack = PGDAttack(eps, self._norm, num_steps=20)
                     result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, 100 + number)
-                    self._grid[eps].update(clean.argmax(1), result.logits.argmax(1), targets)
+                    if eps not in self._grid:
+                        self._grid[eps] = _metric(result.logits, "micro")
+                    self._grid[eps].update(clean, result.logits.argmax(1), targets)
+            if self._stage == "test" and self.per_variant:
+                for state, owner in variants(trainer).items():
+                    with owner.variant(pl_module, state) as module:
+                        self._measure(trainer, module, state, inputs, targets, batch_idx)
         self._seen += len(inputs)
+
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        state: str,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_idx: int,
+    ) -> tuple[Tensor, AttackResult | None]:
+        """Count what is right before and after the attacks; return the first predictions, and the first attack."""
+        logits = self.logits_fn(module, inputs)
+        if state not in self._metrics:
+            names = ("clean", "all", *self._attacks)
+            self._metrics[state] = {name: (_metric(logits, "micro"), _metric(logits, "none")) for name in names}
+
+        def update(name: str, attacked: Tensor) -> None:
+            for metric in self._metrics[state][name]:
+                metric.update(clean, attacked, targets)
+
+        clean = worst = logits.argmax(1)
+        survived = clean == targets
+        update("clean", clean)
+        pictured = None
+        for number, (name, attack) in enumerate(self._attacks.items()):
+            result = self._run(trainer, module, attack, inputs, targets, batch_idx, number)
+            pictured = pictured or result
+            attacked = result.logits.argmax(1)
+            update(name, attacked)
+            worst = torch.where(survived & (attacked != targets), attacked, worst)
+            survived &= attacked == targets
+        update("all", worst)
+        return clean, pictured
 
     def _run(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        module: pl.LightningModule,
         attack: Attack,
         inputs: Tensor,
         targets: Tensor,
@@ -248,7 +289,7 @@ class RobustnessEvaluation(pl.Callback):
         images = self._scale.images(inputs)
 
         def logits_fn(asked: Tensor) -> Tensor:
-            return self.logits_fn(pl_module, self._scale.inputs(asked, inputs.dtype))
+            return self.logits_fn(module, self._scale.inputs(asked, inputs.dtype))
 
         try:
             return attack(logits_fn, images, targets, generator=generator)
@@ -257,22 +298,21 @@ class RobustnessEvaluation(pl.Callback):
 
     # Results
 
-    def _make_metrics(self, logits: Tensor) -> None:
-        count = logits.shape[1]
-
-        def make(average: Any) -> RobustAccuracy:
-            return RobustAccuracy(count, average=average).to(logits.device)
-
-        self._metrics = {name: (make("micro"), make("none")) for name in ("clean", "all", *self._attacks)}
-        self._grid = {eps: make("micro") for eps in self._radii}
-
-    def _update(self, name: str, clean: Tensor, attacked: Tensor, targets: Tensor) -> None:
-        for metric in self._metrics[name]:
-            metric.update(clean, attacked, targets)
-
     def _results(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        overall = {name: micro.compute() for name, (micro, _) in self._metrics.items()}
-        clean, robust = self._metrics["clean"][1].compute(), self._metrics["all"][1].compute()
+        everything: dict[str, Tensor] = {}
+        for state, metrics in self._metrics.items():
+            results = self._results_of(trainer, metrics)
+            ending = f"_{state}" if state else ""
+            everything |= {f"{self._stage}/{name}{ending}": value for name, value in results.items()}
+        clean, robust = (self._metrics[""][name][1].compute().cpu() for name in ("clean", "all"))
+        self._figures = {"classes": (clean, robust), "stage": self._stage}
+        if self._grid:
+            self._figures["eps"] = {eps: float(metric.compute()) for eps, metric in self._grid.items()}
+        return everything
+
+    def _results_of(self, trainer: pl.Trainer, metrics: _Metrics) -> dict[str, Tensor]:
+        overall = {name: micro.compute() for name, (micro, _) in metrics.items()}
+        clean, robust = metrics["clean"][1].compute(), metrics["all"][1].compute()
         present = ~robust.isnan()
         results = {
             "clean_acc": overall["clean"],
@@ -284,11 +324,7 @@ class RobustnessEvaluation(pl.Callback):
         if tail:
             results["robust_acc_tail"] = robust[tail].nanmean()
             results["clean_acc_tail"] = clean[tail].nanmean()
-        results |= {f"robust_acc_{name}": overall[name] for name in self._attacks if name}
-        self._figures = {"classes": (clean.cpu(), robust.cpu()), "stage": self._stage, "results": results}
-        if self._grid and self._stage == "test":
-            self._figures["eps"] = {eps: float(metric.compute()) for eps, metric in self._grid.items()}
-        return {f"{self._stage}/{name}": value for name, value in results.items()}
+        return results | {f"robust_acc_{name}": overall[name] for name in self._attacks if name}
 
     def _tail_classes(self, trainer: pl.Trainer, num_classes: int) -> list[int]:
         if self.tail is not None:
@@ -327,3 +363,7 @@ class RobustnessEvaluation(pl.Callback):
         if "eps" in self._figures:
             log_figure(trainer, f"{stage}/accuracy_over_eps", accuracy_over_eps_figure(self._figures["eps"]))
         self._figures = {}
+
+
+def _metric(logits: Tensor, average: Average) -> RobustAccuracy:
+    return RobustAccuracy(logits.shape[1], average=average).to(logits.device)

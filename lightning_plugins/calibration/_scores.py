@@ -64,8 +64,13 @@ def replace_confidence(log_probs: Tensor, confidence: Tensor) -> tuple[Tensor, T
 
     Returns:
         The new log-probabilities ``(N, C)``, finite, and whether a row needed that guard ``(N,)``.
+
+    Raises:
+        ValueError: for fewer than two classes.
     """
     num_classes = log_probs.shape[1]
+    if num_classes < 2:
+        raise ValueError(f"logits must have at least 2 classes, got {num_classes}; pass logits of the fitted network")
     margin = 1e-5  # more than float32 rounds away
     top = log_probs.argmax(1, keepdim=True)
     lowest = (1 + 2 * margin) / num_classes

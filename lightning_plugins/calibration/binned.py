@@ -23,6 +23,7 @@ from lightning_plugins.calibration.predictions import (
     raise_for,
 )
 from lightning_plugins.calibration.ranked import equal_mass_value, rank
+from lightning_plugins.checks import check_types
 
 __all__ = [
     "ClasswiseCalibrationError",
@@ -36,6 +37,7 @@ Reduction = Literal["mean", "sum"]
 Binning = Literal["width", "mass"]
 
 
+@check_types
 def mce(
     probs: Tensor, labels: Tensor, *, num_bins: int = 15, min_count: int = 1, input: Predictions = "probs"
 ) -> Tensor:
@@ -69,6 +71,7 @@ def mce(
     return gaps.amax().float() if len(gaps) else gaps.sum().float() / 0
 
 
+@check_types
 def average_calibration_error(
     probs: Tensor, labels: Tensor, *, num_bins: int = 15, input: Predictions = "probs"
 ) -> Tensor:
@@ -92,6 +95,7 @@ def average_calibration_error(
     return _gaps(probs, labels, num_bins, 1, input).mean().float()
 
 
+@check_types
 def root_mean_square_calibration_error(
     probs: Tensor, labels: Tensor, *, num_bins: int = 15, debias: bool = False, input: Predictions = "probs"
 ) -> Tensor:
@@ -131,6 +135,7 @@ def root_mean_square_calibration_error(
     return ((count * square).sum() / count.sum()).clamp_min(0).sqrt().float()
 
 
+@check_types
 def classwise_ece(
     probs: Tensor,
     labels: Tensor,
@@ -218,6 +223,7 @@ class ClasswiseCalibrationError(ScoreMetric):
     sums: Tensor
     num_samples: Tensor
 
+    @check_types
     def __init__(
         self,
         num_classes: int,
@@ -235,6 +241,7 @@ class ClasswiseCalibrationError(ScoreMetric):
         self.add_state("sums", torch.zeros(num_classes, num_bins + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Add a batch."""
         checked, labels, problems = class_probs(probs, labels, self.input)

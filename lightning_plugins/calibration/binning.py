@@ -19,6 +19,7 @@ from lightning_plugins.calibration._scores import (
 from lightning_plugins.calibration.calibrator import Calibrator, row_tiles
 from lightning_plugins.calibration.linear import VectorScaling
 from lightning_plugins.calibration.temperature import TemperatureScaling
+from lightning_plugins.checks import check_types
 
 __all__ = ["BayesianBinning", "Binning", "HistogramBinning", "PlattBinning", "Scaling", "TopLabelHistogramBinning"]
 
@@ -32,6 +33,7 @@ Scaling = Literal["temperature", "vector"]
 class _ClassBins(Calibrator):
     """A step function of the score for every class, bins ``(lo, hi]``, then rows normalised to sum 1."""
 
+    _looks_up = True
     preserves_ranking = False
     edges: Tensor  # (C, B - 1), ascending; classes with fewer bins end with infinities
     values: Tensor  # (C, B)
@@ -116,6 +118,7 @@ class HistogramBinning(_ClassBins):
         classifiers", ICML 2001; for several classes C. Guo et al., ICML 2017, section 4.2.
     """
 
+    @check_types
     def __init__(self, num_bins: int = 15, *, binning: Binning = "width") -> None:
         super().__init__()
         _check_at_least_one("num_bins", num_bins)
@@ -166,6 +169,7 @@ class PlattBinning(_ClassBins):
         different halves of the held-out set; here both use all of it.
     """
 
+    @check_types
     def __init__(self, num_bins: int = 15, *, scaling: Scaling = "temperature") -> None:
         super().__init__()
         _check_at_least_one("num_bins", num_bins)
@@ -223,6 +227,7 @@ class BayesianBinning(_ClassBins):
         AAAI 2015.
     """
 
+    @check_types
     def __init__(self, *, strength: float = 2.0) -> None:
         super().__init__()
         if not 0 < strength < float("inf"):
@@ -305,6 +310,7 @@ class TopLabelHistogramBinning(Calibrator):
     values: Tensor  # (C, B); NaN for classes without bins
     _sized_by_fit = ("edges", "values")
 
+    @check_types
     def __init__(self, points_per_bin: int = 50) -> None:
         super().__init__()
         _check_at_least_one("points_per_bin", points_per_bin)

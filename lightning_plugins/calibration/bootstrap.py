@@ -16,6 +16,7 @@ from lightning_plugins.calibration.predictions import Predictions, check_num_bin
 from lightning_plugins.calibration.ranked import debiased_value, equal_mass_value, ks_value, share_ties
 from lightning_plugins.calibration.scoring import brier_of_rows, nll_of_rows
 from lightning_plugins.calibration.smooth import smooth_value
+from lightning_plugins.checks import check_types
 
 __all__ = ["Estimate", "bootstrap_interval", "calibration_report"]
 
@@ -40,6 +41,7 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
+@check_types
 def bootstrap_interval(
     metric_fn: Callable[[Tensor, Tensor], Tensor],
     probs: Tensor,
@@ -65,7 +67,7 @@ def bootstrap_interval(
         seed: of the resamples; the global generator is left alone.
 
     Raises:
-        ValueError: for a wrong argument, or no rows.
+        ValueError: for a wrong argument, another number of labels than rows, or none.
 
     Example:
         >>> from lightning_plugins.calibration import ece
@@ -74,6 +76,10 @@ def bootstrap_interval(
         >>> round(estimate.value, 4), estimate.low < estimate.value < estimate.high
         (0.3, True)
     """
+    if not (probs.ndim and labels.ndim and len(probs) == len(labels)):
+        raise ValueError(
+            f"probs and labels must have one row for each sample, got {tuple(probs.shape)} and {tuple(labels.shape)}"
+        )
     _check_options(num_samples, level, len(labels))
     generator = torch.Generator().manual_seed(seed)
     values = []
@@ -84,6 +90,7 @@ def bootstrap_interval(
     return Estimate(value, *_ends(value, values, level))
 
 
+@check_types
 def calibration_report(
     probs: Tensor,
     labels: Tensor,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from lightning_plugins.checks import check_types, warn_caller
 
 __all__ = ["CalibratedModule", "Calibrator", "check_fit_data", "row_tiles"]
 
@@ -22,7 +23,8 @@ class Calibrator(nn.Module, ABC):
 
     A subclass sets :attr:`preserves_ranking`, registers buffers whose first values make the identity map, and writes
     ``_fit`` and ``_calibrate``. Buffers whose shape a fit decides are named in ``_sized_by_fit``: loading a state gives
-    them the saved shape.
+    them the saved shape. One that looks up a table by the logits sets ``_looks_up``: a row with NaN or +infinity is
+    then kept from it and gives NaN.
 
     Attributes:
         preserves_ranking: whether the classes of a sample keep their order, and with it the predicted class.
@@ -44,6 +46,7 @@ class Calibrator(nn.Module, ABC):
     preserves_ranking: bool
     fitted: Tensor
     _sized_by_fit: ClassVar[tuple[str, ...]] = ()
+    _looks_up: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +58,7 @@ class Calibrator(nn.Module, ABC):
         """Whether the state is that of a fit; before, the map is the identity followed by a log-softmax."""
         return bool(self.fitted)
 
+    @check_types
     def fit(self, logits: Tensor, labels: Tensor) -> Self:
         """Fit to held-out data that took no part in training; a second fit replaces the first.
 
@@ -82,31 +86,37 @@ class Calibrator(nn.Module, ABC):
         nll_before, nll_after = self._mean_nll(logits, labels)
         self.fit_info = {**info, "nll_before": nll_before, "nll_after": nll_after}
         if not info.get("converged", True):
-            warnings.warn(
+            warn_caller(
                 f"{type(self).__name__} stopped before it converged, after {info.get('iterations')} iterations; "
-                "compare fit_info['nll_after'] with fit_info['nll_before'] before relying on it",
-                stacklevel=2,
+                "compare fit_info['nll_after'] with fit_info['nll_before'] before relying on it"
             )
         # A millionth is what float32 log-probabilities can add up to.
         if not nll_after <= nll_before + 1e-6 * (1 + abs(nll_before)):
-            warnings.warn(
+            warn_caller(
                 f"{type(self).__name__} raised the negative log-likelihood of the data it was fitted on from "
-                f"{nll_before:.6g} to {nll_after:.6g}; use the uncalibrated logits, or another calibrator",
-                stacklevel=2,
+                f"{nll_before:.6g} to {nll_after:.6g}; use the uncalibrated logits, or another calibrator"
             )
         return self
 
+    @check_types
     def forward(self, logits: Tensor) -> Tensor:
         """Return calibrated log-probabilities.
 
         Raises:
             TypeError: if ``logits`` are not floating-point.
+            ValueError: if they have no dimension of classes.
         """
         if not logits.is_floating_point():
             raise TypeError(f"logits must be floating-point, got {logits.dtype}; pass the network's raw outputs")
+        if not logits.ndim or not logits.shape[-1]:
+            raise ValueError(f"logits must be (..., C) with at least one class, got {tuple(logits.shape)}")
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
-        return self._calibrate(logits)
+        if not self._looks_up:
+            return self._calibrate(logits)
+        # NaN has no place in a table: an index made of it would be any, or end the process on an accelerator.
+        lost = (logits.isnan() | logits.isposinf()).any(-1, keepdim=True)
+        return self._calibrate(logits.masked_fill(lost, 0.0)).masked_fill(lost, float("nan"))
 
     def quantities(self) -> dict[str, float]:
         """Return the few fitted numbers that are worth logging, such as a temperature; none by default."""
@@ -166,6 +176,7 @@ class CalibratedModule(nn.Module):
         torch.Size([2, 3])
     """
 
+    @check_types
     def __init__(self, module: nn.Module, calibrator: Calibrator) -> None:
         super().__init__()
         self.module = module

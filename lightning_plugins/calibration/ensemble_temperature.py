@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_plugins.calibration._scores import like
 from lightning_plugins.calibration.calibrator import Calibrator, row_tiles
 from lightning_plugins.calibration.temperature import Loss, TemperatureScaling
+from lightning_plugins.checks import check_types
 
 __all__ = ["EnsembleTemperatureScaling"]
 
@@ -52,6 +53,7 @@ class EnsembleTemperatureScaling(Calibrator):
     preserves_ranking = True
     weights: Tensor
 
+    @check_types
     def __init__(self, *, loss: Loss = "nll") -> None:
         super().__init__()
         if loss not in get_args(Loss):

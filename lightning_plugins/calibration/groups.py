@@ -20,12 +20,14 @@ from lightning_plugins.calibration.predictions import (
     raise_for,
     top_label,
 )
+from lightning_plugins.checks import check_types
 
 __all__ = ["GroupCalibrationError", "group_ece"]
 
 Reduction = Literal["max", "mean", "none"]
 
 
+@check_types
 def group_ece(
     probs: Tensor,
     labels: Tensor,
@@ -95,6 +97,7 @@ class GroupCalibrationError(ScoreMetric):
     plot_upper_bound = 1.0
     sums: Tensor
 
+    @check_types
     def __init__(
         self, num_groups: int, *, reduction: Reduction = "max", num_bins: int = 15, input: Predictions = "probs"
     ) -> None:
@@ -103,6 +106,7 @@ class GroupCalibrationError(ScoreMetric):
         self.num_groups, self.reduction, self.num_bins = num_groups, reduction, num_bins
         self.add_state("sums", torch.zeros(2, num_groups * num_bins, dtype=torch.float64), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, probs: Tensor, labels: Tensor, groups: Tensor) -> None:
         """Add a batch."""
         confidence, correct, problems = top_label(probs, labels, self.input)

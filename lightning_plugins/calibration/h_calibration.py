@@ -19,6 +19,8 @@ from lightning_plugins.calibration.monotone_maps import (
     PiecewiseLinearMap,
     TemperatureEnsemble,
 )
+from lightning_plugins.checks import check_types
+from lightning_plugins.losses import check_range
 
 __all__ = ["HCalibration", "MapName", "Selector", "h_calibration_loss"]
 
@@ -31,6 +33,7 @@ Selector = Literal["debiased_ece", "classwise_ece", "ece", "nll"]
 _LLOYD_STEPS = 25
 
 
+@check_types
 def h_calibration_loss(
     probs: Tensor,
     labels: Tensor,
@@ -69,7 +72,7 @@ def h_calibration_loss(
 
     Raises:
         TypeError: if ``probs`` are not floating-point or ``labels`` not integers.
-        ValueError: for a wrong argument or shape, or fewer than ``window + 1`` events.
+        ValueError: for a wrong argument or shape, labels that are no classes, or fewer than ``window + 1`` events.
 
     Example:
         >>> probs = torch.tensor([[0.9, 0.1]]).repeat(10, 1)
@@ -90,6 +93,7 @@ def h_calibration_loss(
             f"probs must have shape (N, C) and labels (N,), got {tuple(probs.shape)} and {tuple(labels.shape)}; pass "
             "one row of probabilities and one class index for each sample"
         )
+    check_range(labels, probs.shape[1])
     if probs.numel() < window + 1:
         raise ValueError(
             f"a window of {window} needs at least {window + 1} class events, got {len(probs)} samples x "
@@ -210,7 +214,7 @@ class HCalibration(Calibrator):
     Adam runs on all rows, or on batches of ``batch_size``; the step halves when the ECE has stalled for half of
     ``patience`` epochs, the fit stops after ``patience``, and the best state by ``select_by``, the identity included,
     is kept. All of that is measured on the data of the fit, as in the published code, which halves sooner (after 20
-    epochs, stopping after 160) and, on the one net tried, ended with a larger debiased ECE. ``fit_info`` also holds
+    epochs), stops later (after 160), and ends with about the same ECE on test data. ``fit_info`` also holds
     ``iterations`` (epochs), ``best_iteration``, ``selector`` (its best value), ``selector_before`` and ``window``.
 
     Args:
@@ -225,6 +229,8 @@ class HCalibration(Calibrator):
         learning_rate: of Adam, positive.
         max_epochs: at least 1.
         patience: epochs without a better ECE after which to stop, at least 1.
+        step_patience: epochs without a better ECE after which the step halves, at least 1; default half of
+            ``patience``. The published schedule is ``patience=160, step_patience=20``.
         batch_size: rows of a step; all rows if there are no more.
         seed: of the private generator that draws first values and batches.
         progress: whether to show a bar; default on terminals, for fits of more than 5 seconds.
@@ -249,8 +255,10 @@ class HCalibration(Calibrator):
         Objective". Our piecewise-linear map is continuous, the published one is not; see :func:`.piecewise_linear`.
     """
 
+    _looks_up = True
     preserves_ranking = True
 
+    @check_types
     def __init__(
         self,
         map: MapName = "piecewise_linear",
@@ -262,6 +270,7 @@ class HCalibration(Calibrator):
         learning_rate: float = 5e-3,
         max_epochs: int = 2000,
         patience: int = 80,
+        step_patience: int | None = None,
         batch_size: int = 5000,
         seed: int = 0,
         progress: bool | None = None,
@@ -277,8 +286,9 @@ class HCalibration(Calibrator):
         for name, value in {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
-        if size is not None and size < 1:
-            raise ValueError(f"size must be at least 1, got {size!r}")
+        for name, number in {"size": size, "step_patience": step_patience}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number!r}")
         self.map: MonotoneMap
         if map == "linear":
             self.map = TemperatureEnsemble(size or 32)
@@ -289,6 +299,7 @@ class HCalibration(Calibrator):
         self.map_name, self.select_by, self.window = map, select_by, window
         self.leave_one_class_out = leave_one_class_out
         self.learning_rate, self.max_epochs, self.patience = learning_rate, max_epochs, patience
+        self.step_patience = step_patience
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
 
     def extra_repr(self) -> str:
@@ -300,7 +311,8 @@ class HCalibration(Calibrator):
         log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
         leaves = {name: leaf.requires_grad_() for name, leaf in self.map.start(log_probs, generator).items()}
         optimizer = torch.optim.Adam(list(leaves.values()), lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=self.patience // 2)
+        step_patience = self.patience // 2 if self.step_patience is None else self.step_patience
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=step_patience)
         # A last batch of a few rows joins the others: alone it is too short for the running mean.
         num_batches = max(1, len(labels) // self.batch_size)
         events = len(labels) // num_batches * log_probs.shape[1]

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_plugins.calibration.calibrator import Calibrator
 from lightning_plugins.calibration.monotone_maps import IntegralMap
+from lightning_plugins.checks import check_types
 
 __all__ = ["IntraOrderPreserving", "OrderVariant"]
 
@@ -68,12 +69,14 @@ class IntraOrderPreserving(Calibrator):
         Multi-Class Neural Networks", NeurIPS 2020, theorems 1 to 3.
     """
 
+    _looks_up = True
     preserves_ranking = True
     _sized_by_fit = _LAYERS
 
     center: Tensor
     spread: Tensor
 
+    @check_types
     def __init__(
         self,
         variant: OrderVariant = "diagonal",
@@ -190,6 +193,10 @@ class IntraOrderPreserving(Calibrator):
             hidden = F.linear(hidden, layers[2 * layer], layers[2 * layer + 1]).relu()
         factors = F.softplus(F.linear(hidden, layers[4], layers[5]))
         gaps = (ordered[..., :-1] - ordered[..., 1:]) * factors
+        # A fit may shrink the first gap below what rounding leaves beside the others: the predicted class would change.
+        total = gaps.detach().sum(-1, keepdim=True) + math.log(log_probs.shape[-1]) + 1
+        least = torch.where(ordered[..., :1] > ordered[..., 1:2], 4 * torch.finfo(gaps.dtype).eps * total, 0)
+        gaps = torch.cat([gaps[..., :1].maximum(least), gaps[..., 1:]], -1)
         raised = F.pad(gaps.flip(-1).cumsum(-1).flip(-1), (0, 1), value=0.0)  # the least likely class stays at 0
         return torch.zeros_like(raised).scatter(-1, order, raised).log_softmax(-1)
 

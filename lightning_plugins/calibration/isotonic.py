@@ -15,6 +15,7 @@ from lightning_plugins.calibration._scores import (
     log_scores,
 )
 from lightning_plugins.calibration.calibrator import Calibrator, row_tiles
+from lightning_plugins.checks import check_types
 
 __all__ = ["IsotonicCalibration", "IsotonicMode"]
 
@@ -56,6 +57,7 @@ class IsotonicCalibration(Calibrator):
     values: Tensor
     _sized_by_fit = ("knots", "values")
 
+    @check_types
     def __init__(self, mode: IsotonicMode = "one_vs_rest") -> None:
         super().__init__()
         if mode not in get_args(IsotonicMode):

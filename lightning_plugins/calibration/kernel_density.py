@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.calibration.predictions import Predictions, check_input, class_probs, raise_for
+from lightning_plugins.checks import check_types
 
 __all__ = ["ece_kde"]
 
@@ -19,6 +20,7 @@ _WIDTHS = (*(10 ** (-5 + 4 * i / 14) for i in range(15)), 0.2, 0.4, 0.6, 0.8, 1.
 _ROWS_FOR_WIDTH = 1024
 
 
+@check_types
 def ece_kde(
     probs: Tensor,
     labels: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_plugins.calibration._scores import check_num_classes, like
 from lightning_plugins.calibration.calibrator import Calibrator, row_tiles
 from lightning_plugins.calibration.temperature import solve_temperature, warn_at_bounds
+from lightning_plugins.checks import check_types
 
 __all__ = ["PriorCorrectedTemperature"]
 
@@ -55,6 +56,7 @@ class PriorCorrectedTemperature(Calibrator):
     log_temperature: Tensor
     _sized_by_fit = ("log_ratio",)
 
+    @check_types
     def __init__(self, target_prior: Sequence[float] | None = None) -> None:
         super().__init__()
         self.target_prior = None if target_prior is None else tuple(target_prior)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_plugins.calibration._scores import check_num_classes, like
 from lightning_plugins.calibration.calibrator import Calibrator, row_tiles
+from lightning_plugins.checks import check_types
 
 __all__ = ["DirichletCalibration", "MatrixScaling", "VectorScaling"]
 
@@ -54,6 +55,7 @@ class VectorScaling(Calibrator):
     shift: Tensor
     _sized_by_fit = ("scale", "shift")
 
+    @check_types
     def __init__(self, *, bias: bool = True, max_iterations: int = 200) -> None:
         super().__init__()
         _check_max_iterations(max_iterations)
@@ -280,6 +282,7 @@ class MatrixScaling(_MatrixMap):
         Dirichlet calibration", NeurIPS 2019, section 4.
     """
 
+    @check_types
     def __init__(
         self,
         *,
@@ -347,6 +350,7 @@ class DirichletCalibration(_MatrixMap):
         section 4.
     """
 
+    @check_types
     def __init__(
         self,
         *,

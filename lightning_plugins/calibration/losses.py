@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.losses import (
     FocalLoss,
     Reduction,
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 
+@check_types
 @takes_mixed_labels
 def flsd53(logits: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     r"""Return the focal loss with a focus that depends on the sample, :math:`-(1 - p_y)^{\gamma(p_y)} \log p_y`.
@@ -73,6 +75,7 @@ def flsd53(logits: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> 
     return _reduced(_power(-torch.expm1(-cross_entropy), gamma) * cross_entropy, reduction)
 
 
+@check_types
 @takes_mixed_labels
 def dual_focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, *, reduction: Reduction = "mean") -> Tensor:
     r"""Return the focal loss that also looks at the strongest rival, :math:`-(1 - p_y + p_j)^\gamma \log p_y`.
@@ -107,6 +110,7 @@ def dual_focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, *, reduc
     return _reduced(_power(-torch.expm1(-cross_entropy) + rival, gamma) * cross_entropy, reduction)
 
 
+@check_types
 def mmce(logits: Tensor, target: Tensor, *, bandwidth: float = 0.4) -> Tensor:
     r"""Return the maximum mean calibration error of a batch: how far confidence is from accuracy, by a kernel.
 
@@ -141,6 +145,7 @@ def mmce(logits: Tensor, target: Tensor, *, bandwidth: float = 0.4) -> Tensor:
     return _kernel_norm((right - confidence) / len(confidence), confidence, bandwidth)
 
 
+@check_types
 def weighted_mmce(logits: Tensor, target: Tensor, *, bandwidth: float = 0.4) -> Tensor:
     r"""Return :func:`mmce` with right and wrong predictions weighing the same, however many there are of each.
 
@@ -172,6 +177,7 @@ def weighted_mmce(logits: Tensor, target: Tensor, *, bandwidth: float = 0.4) -> 
     return _kernel_norm((right - confidence) / number, confidence, bandwidth)
 
 
+@check_types
 def soft_binned_ece(
     logits: Tensor, target: Tensor, *, num_bins: int = 15, temperature: float = 0.01, p: float = 2.0
 ) -> Tensor:
@@ -227,6 +233,7 @@ class FLSD53Loss(nn.Module):
         tensor(0.0866)
     """
 
+    @check_types
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss of logits ``(N, C)`` and classes ``(N,)``."""
         return flsd53(logits, target)
@@ -246,11 +253,13 @@ class DualFocalLoss(nn.Module):
         tensor(0.3466)
     """
 
+    @check_types
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
         check_at_least_0("gamma", gamma)
         self.gamma = gamma
 
+    @check_types
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss of logits ``(N, C)`` and classes ``(N,)``."""
         return dual_focal_loss(logits, target, self.gamma)
@@ -273,12 +282,14 @@ class MMCELoss(nn.Module):
         tensor(1.3370)
     """
 
+    @check_types
     def __init__(self, strength: float = 2.0, *, weighted: bool = False, bandwidth: float = 0.4) -> None:
         super().__init__()
         check_at_least_0("strength", strength)
         _check_above_0("bandwidth", bandwidth)
         self.strength, self.weighted, self.bandwidth = strength, weighted, bandwidth
 
+    @check_types
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits ``(N, C)`` and classes ``(N,)`` or soft labels ``(N, C)``."""
         measure = weighted_mmce if self.weighted else mmce
@@ -304,14 +315,21 @@ class SoftBinnedECELoss(nn.Module):
         tensor(1.0870)
     """
 
+    @check_types
     def __init__(self, strength: float = 1.0, *, num_bins: int = 15, temperature: float = 0.01, p: float = 2.0) -> None:
         super().__init__()
         check_at_least_0("strength", strength)
         _check_bins(num_bins, temperature, p)
         self.strength, self.num_bins, self.temperature, self.p = strength, num_bins, temperature, p
 
+    @check_types
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits ``(N, C)`` and classes ``(N,)`` or soft labels ``(N, C)``."""
+        if target.shape not in (logits.shape, logits.shape[:1]):
+            raise ValueError(
+                "target must be classes (N,) or soft labels (N, C) for logits (N, C), got "
+                f"{tuple(target.shape)} for {tuple(logits.shape)}"
+            )
         classes = _classes(target)
         penalty = soft_binned_ece(logits, classes, num_bins=self.num_bins, temperature=self.temperature, p=self.p)
         return F.cross_entropy(wide(logits), target) + self.strength * penalty

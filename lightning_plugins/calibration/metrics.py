@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lightning_plugins.calibration.predictions import (
     raise_for,
     top_label,
 )
+from lightning_plugins.checks import check_types
 
 __all__ = ["CalibrationError", "Norm", "Predictions", "ReliabilityBins", "ece", "reliability_bins"]
 
@@ -63,6 +65,7 @@ class ReliabilityBins:
         return error_of_bins(self.count, *sums, norm).item()
 
 
+@check_types
 def ece(
     probs: Tensor, labels: Tensor, *, num_bins: int = 15, norm: Norm = "l1", input: Predictions = "probs"
 ) -> Tensor:
@@ -101,6 +104,7 @@ def ece(
     return error_of_bins(*bin_sums(probs, labels, num_bins, input), norm).float()
 
 
+@check_types
 def reliability_bins(
     probs: Tensor, labels: Tensor, *, num_bins: int = 15, input: Predictions = "probs"
 ) -> ReliabilityBins:
@@ -178,6 +182,7 @@ class CalibrationError(ScoreMetric):
     confidence = _BinSum()
     correct = _BinSum()
 
+    @check_types
     def __init__(self, num_bins: int = 15, *, norm: Norm = "l1", input: Predictions = "probs") -> None:
         super().__init__(input=input)
         _check_options(num_bins, norm, input)
@@ -186,6 +191,7 @@ class CalibrationError(ScoreMetric):
         for name in ("count", "confidence", "correct"):
             self.add_state(name, torch.zeros(num_bins, dtype=torch.float64), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Add a batch."""
         confidence, correct, problems = top_label(probs, labels, self.input)
@@ -257,10 +263,13 @@ def bin_index(probs: Tensor, num_bins: int) -> Tensor:
     if probs.device.type != "cpu":
         return torch.bucketize(probs, edges[1:-1])
     # A search mispredicts half of its branches. Rounding puts a product beside its bin at most, next to an edge.
-    index = (probs * num_bins).ceil_().sub_(1).clamp_(0, num_bins - 1).long()
-    too_low = probs > edges[1:].take(index)
-    too_high = probs <= edges.take(index)
-    return index.add_(too_low).sub_(too_high.long())
+    # In numpy these small operations cost half of what they do in torch.
+    values, ends = probs.detach().numpy(), edges.numpy()
+    index = np.ceil(values * num_bins).astype(np.int64) - 1
+    np.clip(index, 0, num_bins - 1, out=index)
+    index += values > ends[1:].take(index)
+    index -= values <= ends.take(index)
+    return torch.from_numpy(index)
 
 
 @functools.lru_cache(maxsize=32)

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["IntegralMap", "MonotoneMap", "PiecewiseLinearMap", "TemperatureEnsemble", "piecewise_linear"]
 
 _STOP = 100.0  # nats; beyond it the last slope goes on
 
 
+@check_types
 def piecewise_linear(inputs: Tensor, slopes: Tensor, *, stop: float = _STOP) -> Tensor:
     r"""Return the integral from 0 of a step function: continuous, increasing, exact at every knot.
 
@@ -30,12 +33,19 @@ def piecewise_linear(inputs: Tensor, slopes: Tensor, *, stop: float = _STOP) -> 
     Returns:
         A tensor like ``inputs``, differentiable in both arguments.
 
+    Raises:
+        ValueError: for another shape of the slopes, or ``stop`` not above 0.
+
     Example:
         >>> piecewise_linear(torch.tensor([0.5, 1.5, 4.0]), torch.tensor([1.0, 3.0]), stop=2.0)
         tensor([ 0.5000,  2.5000, 10.0000])
     """
+    if slopes.ndim != 1 or not len(slopes) or not stop > 0:
+        raise ValueError(
+            f"slopes must be (S,) with at least one, and stop above 0, got {tuple(slopes.shape)} and {stop!r}"
+        )
     width = stop / len(slopes)
-    index = (inputs / width).floor().clamp(0, len(slopes) - 1)
+    index = (inputs / width).nan_to_num(0.0).floor().clamp(0, len(slopes) - 1)  # NaN stays in the position
     position = (inputs - index * width).clamp_min(0)
     index = index.long()
     if torch.is_grad_enabled() and slopes.requires_grad:
@@ -121,6 +131,7 @@ class TemperatureEnsemble(MonotoneMap):
     inverse_temperatures: Tensor
     weights: Tensor
 
+    @check_types
     def __init__(self, num_members: int = 32) -> None:
         super().__init__()
         if num_members < 1:
@@ -129,8 +140,11 @@ class TemperatureEnsemble(MonotoneMap):
         self.register_buffer("inverse_temperatures", torch.ones(num_members, dtype=torch.float64))
         self.register_buffer("weights", torch.full((num_members,), 1 / num_members, dtype=torch.float64))
 
+    @check_types
     def forward(self, log_probs: Tensor) -> Tensor:
         """Map log-probabilities."""
+        if not log_probs.ndim:
+            raise ValueError("log_probs must be (..., C), got a tensor without dimensions")
         return self._mix(log_probs, self.inverse_temperatures.to(log_probs.dtype), self.weights.to(log_probs.dtype))
 
     def start(self, log_probs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -179,6 +193,7 @@ class PiecewiseLinearMap(MonotoneMap):
 
     slopes: Tensor
 
+    @check_types
     def __init__(self, num_segments: int = 100) -> None:
         super().__init__()
         if num_segments < 1:
@@ -186,6 +201,7 @@ class PiecewiseLinearMap(MonotoneMap):
         self.num_segments = num_segments
         self.register_buffer("slopes", torch.ones(num_segments, dtype=torch.float64))
 
+    @check_types
     def forward(self, log_probs: Tensor) -> Tensor:
         """Map log-probabilities."""
         return (-piecewise_linear(-log_probs, self.slopes.to(log_probs.dtype))).log_softmax(-1)
@@ -227,6 +243,7 @@ class IntegralMap(PiecewiseLinearMap):
         torch.Size([500])
     """
 
+    @check_types
     def __init__(self, hidden: int = 10, num_segments: int = 500) -> None:
         super().__init__(num_segments)
         if hidden < 1:

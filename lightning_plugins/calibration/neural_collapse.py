@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -55,6 +57,7 @@ class NeuralCollapse:
     nc4: float
 
 
+@check_types
 @torch.no_grad()
 def neural_collapse(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> NeuralCollapse:
     r"""Measure neural collapse of features and a linear classifier, in float64.
@@ -71,7 +74,7 @@ def neural_collapse(features: Tensor, labels: Tensor, weight: Tensor, bias: Tens
 
     Raises:
         ValueError: for wrong shapes, a label out of range, fewer than two classes, features that are not finite, or
-            class means that are all equal.
+            class means that are all equal; for a weight or bias that is not finite.
 
     Example:
         >>> weight = simplex_etf(4, 6)
@@ -89,8 +92,10 @@ def neural_collapse(features: Tensor, labels: Tensor, weight: Tensor, bias: Tens
         raise ValueError(
             f"features must have shape (N, D) and weight (C, D), got {tuple(features.shape)} and {tuple(weight.shape)}"
         )
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
+    if labels.shape != features.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be {len(features)} integers, got {labels.dtype} of {tuple(labels.shape)}")
+    labels = labels.long()
+    _check_bias(weight, bias)
     if not features.isfinite().all():
         raise ValueError("features must be finite, found NaN or infinity; look for faulty inputs or a diverged net")
     num_classes = len(weight)
@@ -123,6 +128,13 @@ def neural_collapse(features: Tensor, labels: Tensor, weight: Tensor, bias: Tens
         nc3=_alignment(centred, head - head.mean(0)),
         nc4=(logits.argmax(1) != nearest).double().mean().item(),
     )
+
+
+def _check_bias(weight: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (C,) for {len(weight)} classes, got {tuple(bias.shape)}")
+    if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+        raise ValueError("weight and bias must be finite, found NaN or infinity; look for a diverged net")
 
 
 def _spread(lengths: Tensor) -> float:
@@ -160,6 +172,7 @@ class MixedCollapse:
     margin: float
 
 
+@check_types
 @torch.no_grad()
 def mixed_collapse(
     features: Tensor, first: Tensor, second: Tensor, lambdas: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -179,7 +192,8 @@ def mixed_collapse(
         bias: ``(C,)``, or None.
 
     Raises:
-        ValueError: for wrong shapes, or if there is no pair within a class or none of two classes.
+        ValueError: for wrong shapes, classes out of range, features, weight or bias that are not finite, or if there is
+            no pair within a class or none of two classes.
 
     Example:
         >>> weight = simplex_etf(3, 4)
@@ -197,11 +211,28 @@ def mixed_collapse(
         is to be expected. The four measures are ours.
     """
     features, lambdas, weight = features.double(), lambdas.double().to(features.device), weight.double()
-    if features.ndim != 3 or features.shape[:2] != (len(first), len(lambdas)) or first.shape != second.shape:
+    if (
+        features.ndim != 3
+        or lambdas.ndim != 1
+        or first.ndim != 1
+        or features.shape[:2] != (len(first), len(lambdas))
+        or first.shape != second.shape
+    ):
         raise ValueError(
             f"features must have shape (M, L, D) for M pairs and L shares, got {tuple(features.shape)} for "
-            f"{len(first)} and {len(second)} classes and {len(lambdas)} shares"
+            f"classes {tuple(first.shape)} and {tuple(second.shape)} and shares {tuple(lambdas.shape)}"
         )
+    if weight.ndim != 2 or weight.shape[1] != features.shape[2]:
+        raise ValueError(f"weight must be (C, {features.shape[2]}) for these features, got {tuple(weight.shape)}")
+    _check_bias(weight, bias)
+    if not (features.isfinite().all() and ((lambdas >= 0) & (lambdas <= 1)).all()):
+        raise ValueError("features must be finite and lambdas in [0, 1]; look for faulty inputs or a diverged net")
+    for name, classes in (("first", first), ("second", second)):
+        if classes.is_floating_point() or classes.dtype == torch.bool:
+            raise ValueError(f"{name} must hold integer classes, got {classes.dtype}; use {name}.long()")
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(weight):
+            raise ValueError(f"{name} must lie in [0, {len(weight)}), the rows of weight")
+    first, second = first.long(), second.long()
     pairs, index = torch.unique(torch.stack([first, second], 1).to(features.device), dim=0, return_inverse=True)
     counts = torch.bincount(index)
     mixed = features.new_zeros(len(pairs), *features.shape[1:]).index_add_(0, index, features) / counts[:, None, None]
@@ -237,6 +268,7 @@ def mixed_collapse(
     )
 
 
+@check_types
 def simplex_etf(num_classes: int, num_features: int, *, seed: int = 0) -> Tensor:
     r"""Return the ``(C, D)`` rows of a simplex equiangular tight frame: length 1, cosines :math:`-1 / (C - 1)`, sum 0.
 
@@ -299,6 +331,7 @@ class SimplexETFClassifier(nn.Linear):
         Z. Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained Features", NeurIPS 2021, section 4.
     """
 
+    @check_types
     def __init__(self, num_features: int, num_classes: int, *, scale: float = 1.0, seed: int = 0) -> None:
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be above 0 and finite, got {scale!r}")
@@ -311,6 +344,7 @@ class SimplexETFClassifier(nn.Linear):
         """Leave the fixed weights alone."""
 
 
+@check_types
 def unconstrained_mixup_feature(
     weight: Tensor, first: int, second: int, share: float, *, decay: float = 0.01
 ) -> Tensor:
@@ -340,6 +374,12 @@ def unconstrained_mixup_feature(
         0.0
     """
     weight = weight.double()
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"weight must be (C, D), got {tuple(weight.shape)}")
+    for name, label in (("first", first), ("second", second)):
+        if not 0 <= label < len(weight):
+            raise ValueError(f"{name} must lie in [0, {len(weight)}), the rows of weight, got {label!r}")
+    first, second = int(first), int(second)
     if not decay > 0:
         raise ValueError(f"decay must be above 0, got {decay!r}; without it the feature is infinite")
     if not 0 <= share <= 1:
@@ -374,12 +414,16 @@ def unconstrained_mixup_feature(
     return coefficients @ rows
 
 
+@check_types
 def collapse_curves(epochs: Sequence[float], curves: Mapping[str, Sequence[float]]) -> Figure:
     """Draw measures over epochs, one small panel each, on a logarithmic scale where all values are above 0.
 
     Args:
         epochs: the horizontal axis, ``n`` numbers.
-        curves: ``n`` values by name.
+        curves: ``n`` values by name, at least one.
+
+    Raises:
+        ValueError: if there is none, or of another length than the epochs.
 
     Example:
         >>> figure = collapse_curves([1, 2], {"nc1": [1.0, 0.1], "nc4": [0.5, 0.0]})
@@ -388,6 +432,9 @@ def collapse_curves(epochs: Sequence[float], curves: Mapping[str, Sequence[float
     """
     from matplotlib.figure import Figure
 
+    if not curves or any(len(values) != len(epochs) for values in curves.values()):
+        lengths = {name: len(values) for name, values in curves.items()}
+        raise ValueError(f"curves must be one at least, each of {len(epochs)} values like epochs, got {lengths}")
     columns = min(len(curves), 4)
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.1 * rows), dpi=150, layout="constrained")

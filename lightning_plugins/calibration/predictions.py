@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -127,8 +129,12 @@ def top_label(scores: Tensor, labels: Tensor, input: Predictions) -> tuple[Tenso
     scores, labels, tolerance = _prepare(scores, labels, input)
     if len(scores) == 0:
         return scores.new_zeros(0), labels.bool(), labels.new_zeros(2)
-    # On a CPU, numpy finds the first largest score three times as fast, at the size of a batch.
-    predicted = torch.from_numpy(scores.numpy().argmax(1)) if scores.device.type == "cpu" else scores.argmax(1)
+    if scores.device.type != "cpu":
+        predicted = scores.argmax(1)
+    elif input == "probs":
+        return _top_probability(scores, labels, tolerance)
+    else:  # at the size of a batch, numpy finds the first largest score several times as fast
+        predicted = torch.from_numpy(scores.numpy().argmax(1))
     top = _of_class(scores, predicted)
     if input == "logits":
         confidence = evidence = (scores - top.unsqueeze(1)).exp_().sum(1).reciprocal_()
@@ -138,6 +144,35 @@ def top_label(scores: Tensor, labels: Tensor, input: Predictions) -> tuple[Tenso
         confidence, evidence = top.exp(), scores.exp().sum(1)
     problems = _check_values(scores, evidence, labels, tolerance, input)
     return confidence, predicted == labels, problems
+
+
+def _top_probability(probs: Tensor, labels: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what :func:`top_label` does, for probabilities on a CPU.
+
+    A search for the place of the largest value mispredicts its branches and costs more than all else; the value alone
+    says whether the true class has it. Numpy halves the cost of operations on one number for each row.
+    """
+    sums, top = probs.sum(1), probs.amax(1)
+    rows, classes, total, confidence = probs.numpy(), labels.numpy(), sums.numpy(), top.numpy()
+    if not (
+        probs.amin().item() >= 0
+        and np.minimum.reduce(total) >= 1 - tolerance
+        and np.maximum.reduce(total) <= 1 + tolerance
+        and np.maximum.reduce(classes.view(np.uint64)) < rows.shape[1]
+    ):
+        _check_values(probs, sums, labels, tolerance, "probs")  # returns if rounding left numbers just below zero
+        return top, torch.from_numpy(rows.argmax(1) == classes), _NO_PROBLEMS
+    right = rows[_places(len(rows)), classes] == confidence
+    # Another class can have the same probability, and come first, only up to a half.
+    unsure = np.flatnonzero(right & (confidence <= 0.5 * (1 + tolerance)))
+    if len(unsure):
+        right[unsure] = rows[unsure].argmax(1) == classes[unsure]
+    return top, torch.from_numpy(right), _NO_PROBLEMS
+
+
+@functools.lru_cache(maxsize=8)
+def _places(count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.arange(count)
 
 
 def class_probs(scores: Tensor, labels: Tensor, input: Predictions) -> tuple[Tensor, Tensor, Tensor]:

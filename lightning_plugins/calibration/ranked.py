@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.calibration.predictions import Predictions, check_input, check_num_bins, raise_for, top_label
+from lightning_plugins.checks import check_types
 
 __all__ = [
     "Ranked",
@@ -90,6 +91,7 @@ def ranked_predictions(probs: Tensor, labels: Tensor, *, input: Predictions = "p
     return rank(confidence, correct)
 
 
+@check_types
 def equal_mass_ece(probs: Tensor, labels: Tensor, *, num_bins: int = 15, input: Predictions = "probs") -> Tensor:
     """Return the calibration error in bins that hold equally many samples ("adaptive" ECE).
 
@@ -121,6 +123,7 @@ def equal_mass_ece(probs: Tensor, labels: Tensor, *, num_bins: int = 15, input: 
     return equal_mass_value(ranked_predictions(probs, labels, input=input), num_bins).float()
 
 
+@check_types
 def debiased_ece(probs: Tensor, labels: Tensor, *, num_bins: int = 15, input: Predictions = "probs") -> Tensor:
     r"""Return the equal-mass calibration error less an estimate of what sampling adds to it.
 
@@ -153,6 +156,7 @@ def debiased_ece(probs: Tensor, labels: Tensor, *, num_bins: int = 15, input: Pr
     return debiased_value(ranked_predictions(probs, labels, input=input), num_bins).float()
 
 
+@check_types
 def sweep_ece(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tensor:
     """Return the equal-mass calibration error with as many bins as keep the accuracies in order.
 
@@ -181,6 +185,7 @@ def sweep_ece(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") ->
     return sweep_value(ranked_predictions(probs, labels, input=input)).float()
 
 
+@check_types
 def ks_error(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tensor:
     r"""Return the largest gap between the cumulative confidence and the cumulative accuracy: no bins, nothing to tune.
 
@@ -211,6 +216,7 @@ def ks_error(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> 
     return ks_value(ranked_predictions(probs, labels, input=input)).float()
 
 
+@check_types
 def aurc(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tensor:
     """Return the area under the risk-coverage curve: the mean error rate of the k most confident samples, over all k.
 
@@ -236,6 +242,7 @@ def aurc(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tens
     return aurc_value(ranked_predictions(probs, labels, input=input)).float()
 
 
+@check_types
 def eaurc(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tensor:
     """Return :func:`aurc` less its value if all right predictions were more confident than all wrong ones.
 

@@ -23,6 +23,7 @@ from lightning_plugins.calibration.ranked import (
     sweep_value,
 )
 from lightning_plugins.calibration.smooth import kde_value, smooth_value
+from lightning_plugins.checks import check_types
 
 __all__ = [
     "AURC",
@@ -58,6 +59,7 @@ class RankedMetric(ScoreMetric):
         for name in ("confidence", "correct"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
+    @check_types
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Add a batch."""
         confidence, correct, problems = top_label(probs, labels, self.input)
@@ -91,6 +93,7 @@ class EqualMassCalibrationError(RankedMetric):
         tensor(0.3000)
     """
 
+    @check_types
     def __init__(self, num_bins: int = 15, *, input: Predictions = "probs") -> None:
         super().__init__(input=input)
         check_num_bins(num_bins)
@@ -158,6 +161,7 @@ class AURC(RankedMetric):
         tensor(0.2500)
     """
 
+    @check_types
     def __init__(self, excess: bool = False, *, input: Predictions = "probs") -> None:
         super().__init__(input=input)
         self.excess = excess
@@ -193,6 +197,7 @@ class KDECalibrationError(RankedMetric):
         tensor(0.3000)
     """
 
+    @check_types
     def __init__(self, power: float = 1.0, *, input: Predictions = "probs") -> None:
         super().__init__(input=input)
         if not power > 0:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_plugins.calibration.metrics import ReliabilityBins
+from lightning_plugins.checks import check_types
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ __all__ = ["reliability_diagram"]
 _ACCURACY, _GAP, _INK, _GRID = "#0072B2", "#E69F00", "#333333", "#E3E3E3"
 
 
+@check_types
 def reliability_diagram(
     bins: ReliabilityBins,
     after: ReliabilityBins | None = None,

@@ -22,6 +22,7 @@ from lightning_plugins.calibration.predictions import (
     raise_for,
 )
 from lightning_plugins.calibration.temperature import fit_temperature
+from lightning_plugins.checks import check_types
 
 __all__ = [
     "BrierDecomposition",
@@ -81,6 +82,7 @@ class NllDecomposition(NamedTuple):
     refinement: Tensor
 
 
+@check_types
 def nll(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tensor:
     """Return the mean negative log-likelihood of the true classes, in nats.
 
@@ -106,6 +108,7 @@ def nll(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tenso
     return nll_of_rows(probs, labels, input).mean().float()
 
 
+@check_types
 def brier(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Tensor:
     r"""Return the Brier score :math:`\frac{1}{N} \sum_i \sum_c (p_{ic} - 1[y_i = c])^2`, summed over all classes.
 
@@ -124,6 +127,7 @@ def brier(probs: Tensor, labels: Tensor, *, input: Predictions = "probs") -> Ten
     return brier_of_rows(probs, labels, input).mean().float()
 
 
+@check_types
 def brier_decomposition(
     probs: Tensor, labels: Tensor, *, num_bins: int = 15, input: Predictions = "probs"
 ) -> BrierDecomposition:
@@ -176,6 +180,7 @@ def brier_decomposition(
     )
 
 
+@check_types
 def calibration_refinement_nll(
     probs: Tensor, labels: Tensor, *, num_folds: int | None = None, input: Predictions = "probs"
 ) -> NllDecomposition:
@@ -221,6 +226,7 @@ def calibration_refinement_nll(
     return NllDecomposition(calibration=before - after, refinement=after)
 
 
+@check_types
 def l1_to_posterior(probs: Tensor, posterior: Tensor, *, input: Predictions = "probs") -> Tensor:
     """Return the mean L1 distance between predicted and true class probabilities, where those are known.
 
@@ -277,6 +283,7 @@ class _MeanOfRows(ScoreMetric):
     total: Tensor
     count: Tensor
 
+    @check_types
     def __init__(self, *, input: Predictions = "probs") -> None:
         super().__init__(input=input)
         for name in ("total", "count"):
@@ -304,6 +311,7 @@ class NegativeLogLikelihood(_MeanOfRows):
         tensor(1.3863)
     """
 
+    @check_types
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Add a batch."""
         log_probs, problems = label_log_probs(probs, labels, self.input)
@@ -323,6 +331,7 @@ class BrierScore(_MeanOfRows):
 
     plot_upper_bound = 2.0
 
+    @check_types
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Add a batch."""
         checked, labels, problems = class_probs(probs, labels, self.input)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.calibration._criteria import criterion_of
 from lightning_plugins.calibration.calibrator import Calibrator
+from lightning_plugins.checks import check_types
 
 __all__ = ["CalibratorSelection", "Criterion"]
 
@@ -58,6 +59,7 @@ class CalibratorSelection(Calibrator):
 
     winner: Tensor
 
+    @check_types
     def __init__(
         self,
         calibrators: Sequence[Calibrator],

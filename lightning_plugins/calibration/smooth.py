@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_plugins.calibration.predictions import Predictions
 from lightning_plugins.calibration.ranked import Ranked, ranked_predictions
+from lightning_plugins.checks import check_types
 
 __all__ = ["kde_ece", "smooth_ece"]
 
@@ -20,6 +21,7 @@ _CELLS = 2**13
 _MIN_WIDTH = 1e-3
 
 
+@check_types
 def smooth_ece(probs: Tensor, labels: Tensor, *, width: float | None = None, input: Predictions = "probs") -> Tensor:
     r"""Return the smooth calibration error of the predicted classes, with a reflected Gaussian kernel.
 
@@ -53,6 +55,7 @@ def smooth_ece(probs: Tensor, labels: Tensor, *, width: float | None = None, inp
     return smooth_value(ranked_predictions(probs, labels, input=input), width).float()
 
 
+@check_types
 def kde_ece(probs: Tensor, labels: Tensor, *, power: float = 1.0, input: Predictions = "probs") -> Tensor:
     r"""Return the calibration error of the predicted classes from kernel density estimates.
 

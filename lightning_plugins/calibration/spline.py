@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_plugins.calibration._scores import like, log_scores, replace_confidence
 from lightning_plugins.calibration.calibrator import Calibrator, row_tiles
+from lightning_plugins.checks import check_types
 
 __all__ = ["SplineCalibration"]
 
@@ -48,11 +49,13 @@ class SplineCalibration(Calibrator):
         Splines", ICLR 2021.
     """
 
+    _looks_up = True
     preserves_ranking = True
     confidences: Tensor  # (K,) of the held-out samples, ascending
     corrected: Tensor  # (K,)
     _sized_by_fit = ("confidences", "corrected")
 
+    @check_types
     def __init__(self, num_knots: int = 6) -> None:
         super().__init__()
         if num_knots < 3:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lightning_plugins.calibration.calibrator import Calibrator, check_fit_data, row_tiles
 from lightning_plugins.calibration.metrics import ece
+from lightning_plugins.checks import check_types, warn_caller
 
 __all__ = ["Loss", "TemperatureScaling", "fit_temperature", "fit_temperature_by_ece"]
 
@@ -22,6 +22,7 @@ _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-3, 1e3
 _MANY_ELEMENTS = 2**18
 
 
+@check_types
 def fit_temperature(logits: Tensor, labels: Tensor, *, loss: Loss = "nll") -> float:
     r"""Return the temperature ``T`` that minimises the mean negative log-likelihood of ``softmax(logits / T)``.
 
@@ -66,6 +67,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, loss: Loss = "nll") -> fl
     return solution.temperature
 
 
+@check_types
 def fit_temperature_by_ece(
     logits: Tensor, labels: Tensor, *, temperatures: Sequence[float] | None = None, num_bins: int = 15
 ) -> float:
@@ -132,6 +134,7 @@ class TemperatureScaling(Calibrator):
     log_temperature: Tensor
     uniform_weight: Tensor
 
+    @check_types
     def __init__(self, *, loss: Loss = "nll", smooth: bool = False) -> None:
         super().__init__()
         _check_loss(loss)
@@ -335,8 +338,7 @@ def warn_at_bounds(solution: Solution) -> None:
         meaning = "the fitted map makes every prediction all but certain"
     else:
         meaning = "the fitted map makes every prediction all but uniform"
-    warnings.warn(
+    warn_caller(
         f"the temperature stopped at its bound {solution.temperature:g}, because {solution.why_bound}; {meaning}. "
-        "Check that logits and labels belong together, and fit on more held-out data that was not trained on",
-        stacklevel=3,
+        "Check that logits and labels belong together, and fit on more held-out data that was not trained on"
     )

@@ -12,9 +12,12 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["OPIS", "opis", "tcm_loss"]
 
 
+@check_types
 def tcm_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -40,7 +43,7 @@ def tcm_loss(
         negative_weight: :math:`\lambda^-`, at least 0.
 
     Returns:
-        A scalar, at least 0.
+        A scalar, at least 0; NaN for embeddings that are not finite.
 
     Raises:
         ValueError: for a wrong argument or shape.
@@ -70,6 +73,7 @@ def tcm_loss(
     return positive_weight * positive + negative_weight * negative
 
 
+@check_types
 def opis(
     embeddings: Tensor,
     labels: Tensor,
@@ -99,7 +103,8 @@ def opis(
         A scalar in [0, 1], float32; 0 if every class would choose the same threshold with the same outcome.
 
     Raises:
-        ValueError: for a wrong argument or shape, or fewer than two classes with two samples.
+        ValueError: for a wrong argument or shape, embeddings that are not finite, or fewer than two classes with two
+            samples.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -137,7 +142,8 @@ class OPIS(Metric):
         ``compute()``: a float32 scalar in [0, 1].
 
     Raises:
-        ValueError: for a wrong argument or shape; in ``compute`` for fewer than two classes with two samples.
+        ValueError: for a wrong argument or shape; in ``compute`` for embeddings that are not finite, or fewer than two
+            classes with two samples.
 
     Example:
         >>> metric = OPIS()
@@ -155,6 +161,7 @@ class OPIS(Metric):
     embeddings: list[Tensor]
     labels: list[Tensor]
 
+    @check_types
     def __init__(
         self,
         *,
@@ -163,12 +170,13 @@ class OPIS(Metric):
         worst_share: float = 1.0,
     ) -> None:
         super().__init__()
-        far_range = (far_range[0], far_range[1])
         _check_options(far_range, num_thresholds, worst_share)
+        far_range = (far_range[0], far_range[1])
         self.far_range, self.num_thresholds, self.worst_share = far_range, num_thresholds, worst_share
         self.add_state("embeddings", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
 
+    @check_types
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
         """Add a batch."""
         _check(embeddings, labels)
@@ -187,8 +195,7 @@ class OPIS(Metric):
 
 
 def _check_options(far_range: tuple[float, float], num_thresholds: int, worst_share: float) -> None:
-    low, high = far_range
-    if not 0 < low < high < 1:
+    if len(far_range) != 2 or not 0 < far_range[0] < far_range[1] < 1:
         raise ValueError(f"far_range must be two rising rates in (0, 1), got {far_range!r}")
     if num_thresholds < 2:
         raise ValueError(f"num_thresholds must be at least 2, got {num_thresholds!r}")
@@ -214,7 +221,8 @@ def _similarities(embeddings: Tensor) -> Tensor:
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
     # No look at how many there are: an accelerator would have to wait for the answer.
-    return torch.where(chosen, values, 0).sum() / chosen.sum().clamp_min(1)
+    # A similarity that is NaN violates no margin, but must not vanish: NaN times 0 is NaN.
+    return (torch.where(chosen, values, 0).sum() + 0 * values.detach().sum()) / chosen.sum().clamp_min(1)
 
 
 def _opis(
@@ -225,6 +233,8 @@ def _opis(
     if len(counted) < 2:
         raise ValueError(f"at least two classes with two samples are needed, found {len(counted)}; pass more samples")
     distances = 1 - _similarities(embeddings)
+    if not distances.isfinite().all():
+        raise ValueError("embeddings must be finite, found NaN or infinity; look for faulty inputs or a diverged net")
     # Rounding must not tell a distance from the threshold that was read off it.
     distances = distances.round(decimals=6 if distances.dtype == torch.float32 else 12)
     upper = torch.ones_like(distances, dtype=torch.bool).triu(1)

@@ -7,6 +7,8 @@ The layer is then retrained alone, on as many virtual features of each class as 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 
 __all__ = ["FeatureStatistics", "HeadCalibration", "calibrate_head_", "sample_virtual_features"]
@@ -57,6 +60,7 @@ class FeatureStatistics:
         tensor([2., nan], dtype=torch.float64)
     """
 
+    @check_types
     def __init__(
         self, num_classes: int, num_features: int, *, power: float = 1.0, device: torch.device | str | None = None
     ) -> None:
@@ -80,6 +84,7 @@ class FeatureStatistics:
         """``D``."""
         return self.sums.shape[1]
 
+    @check_types
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> Self:
         """Add samples.
@@ -100,6 +105,8 @@ class FeatureStatistics:
                 f"features must have shape (N, {self.num_features}) and labels (N,), got {tuple(features.shape)} and "
                 f"{tuple(labels.shape)}; pass one feature vector and one class index for each sample"
             )
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integer classes, got {labels.dtype}; use labels.long()")
         if not len(labels):
             return self
         features = features.to(self.sums)
@@ -185,7 +192,7 @@ class FeatureStatistics:
         from safetensors.torch import save
 
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        return write_atomically(path, save(state, metadata={"format": _FORMAT}))
+        return write_atomically(path, save(state, metadata={"format": _FORMAT, "checksum": _checksum(state)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -200,11 +207,25 @@ class FeatureStatistics:
 
         content = Path(path).read_bytes()
         try:
-            return cls.from_state_dict(load(content))
-        except (SafetensorError, ValueError) as error:
+            state = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            # Files of earlier versions have no checksum.
+            if header.get("__metadata__", {}).get("checksum", checksum := _checksum(state)) != checksum:
+                raise ValueError("its checksum differs from the one that was written")
+            return cls.from_state_dict(state)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no feature statistics: {error}; write it by .save(path)") from error
 
 
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
+        digest.update(state[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@check_types
 def sample_virtual_features(
     statistics: FeatureStatistics,
     samples_per_class: int | Sequence[int] | Tensor,
@@ -320,6 +341,7 @@ class HeadCalibration:
     acc_after: float
 
 
+@check_types
 def calibrate_head_(
     head: nn.Linear,
     statistics: FeatureStatistics,

@@ -11,6 +11,7 @@ from lightning_plugins.data.fashion_mnist import FashionMNISTDataModule
 from lightning_plugins.data.image_folder import ImageFolderDataModule
 from lightning_plugins.data.loading import ImageDataset, ResumableLoader, SeededSampler, without_augmentation
 from lightning_plugins.data.logits import LogitsDataModule, read_logits
+from lightning_plugins.data.shapes import ShapesDataModule, draw_shapes
 from lightning_plugins.data.transforms import (
     ClassOverlap,
     Imbalance,
@@ -38,8 +39,10 @@ __all__ = [
     "LogitsDataModule",
     "ResumableLoader",
     "SeededSampler",
+    "ShapesDataModule",
     "TargetTransform",
     "class_overlap",
+    "draw_shapes",
     "make_imbalanced",
     "read_logits",
     "stratified_split",

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.data.base import ImageDataModule
 from lightning_plugins.data.transforms import TargetTransform, stratified_split
 
@@ -46,6 +47,7 @@ class DigitsDataModule(ImageDataModule):
     std = (0.3760,)
     class_names = tuple("0123456789")
 
+    @check_types
     def __init__(
         self,
         *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -9,11 +10,15 @@ from typing import Any, Literal, cast, overload
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.data.base import ImageDataModule
 from lightning_plugins.data.loading import ImageDataset
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
 
 __all__ = ["DistilledDataModule", "DistilledDataset"]
+
+DATA_ARGUMENTS = ("image_size", "val_fraction", "seed", "train_per_class", "mirrored")
+"""What a distilled set's metadata keep of the real data, so that they can be had again."""
 
 
 class DistilledDataset(Dataset[tuple[Tensor, ...]]):
@@ -42,6 +47,7 @@ class DistilledDataset(Dataset[tuple[Tensor, ...]]):
         (8, tensor(1))
     """
 
+    @check_types
     def __init__(self, path: str | Path, *, normalise: bool = False) -> None:
         self.synthetic = _load(path)
         dataset = self.synthetic.as_dataset(normalise=normalise)
@@ -91,6 +97,7 @@ class DistilledDataModule(ImageDataModule):
         (10, 451)
     """
 
+    @check_types
     def __init__(
         self,
         path: str | Path,
@@ -196,7 +203,8 @@ def _named_data(synthetic: SyntheticSet, path: str, root: str) -> ImageDataModul
             f"the set in {path!r} names {name!r} as its data, which is no data module of lightning_plugins.data; pass "
             "the real data as real"
         )
-    arguments = {key: about[key] for key in ("image_size", "val_fraction", "seed") if key in about}
-    if name != "DigitsDataModule":
+    known = inspect.signature(cls).parameters
+    arguments = {key: about[key] for key in DATA_ARGUMENTS if key in about and key in known}
+    if "root" in known:
         arguments["root"] = root
     return cls(**arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.data.base import ImageDataModule
 from lightning_plugins.data.transforms import TargetTransform
 
@@ -57,6 +59,7 @@ class ImageFolderDataModule(ImageDataModule):
     in_channels = 3
     native_size = 224
 
+    @check_types
     def __init__(
         self,
         *,
@@ -85,8 +88,15 @@ class ImageFolderDataModule(ImageDataModule):
             with_index=with_index,
             seed=seed,
         )
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise ValueError(f"mean and std need one number for each of 3 channels, std positive, got {mean}, {std}")
+        if (
+            len(mean) != 3
+            or len(std) != 3
+            or not all(
+                -math.inf < center < math.inf and 0 < spread < math.inf
+                for center, spread in zip(mean, std, strict=True)
+            )
+        ):
+            raise ValueError(f"mean and std need 3 finite numbers each, std positive, got {mean}, {std}")
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.class_names = self._classes("train")

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.transforms.v2 import functional
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["ImageDataset", "ResumableLoader", "SeededSampler", "without_augmentation"]
 
 
@@ -38,7 +40,8 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         - items: image ``(C, S, S)`` float32 and class ``int`` (and index ``int``), with S the ``image_size``
 
     Raises:
-        ValueError: on reading an item, if ``augment`` returned something else than a float image in [0, 1].
+        ValueError: for targets or indices that do not fit each other or the images; on reading an item, if ``augment``
+            returned something else than a float image in [0, 1].
 
     Example:
         >>> data = ImageDataset(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8), torch.tensor([0, 1]), image_size=2)
@@ -46,6 +49,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         (tensor([[[1., 1.], [1., 1.]]]), 1)
     """
 
+    @check_types
     def __init__(
         self,
         images: Tensor | Sequence[Tensor],
@@ -56,9 +60,21 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         augment: Callable[[Tensor], Tensor] | None = None,
         with_index: bool = False,
     ) -> None:
+        if not image_size >= 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size!r}")
+        indices = torch.arange(len(images)) if indices is None else indices
+        if targets.ndim != 1 or indices.shape != targets.shape:
+            raise ValueError(
+                f"targets and indices (by default all {len(images)} images) must be (M,), got {tuple(targets.shape)} "
+                f"and {tuple(indices.shape)}"
+            )
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(images):
+            raise ValueError(
+                f"indices must lie in [0, {len(images)}), found {int(indices.min())} to {int(indices.max())}"
+            )
         self.images = images
         self.targets = targets
-        self.indices = torch.arange(len(images)) if indices is None else indices
+        self.indices = indices
         self.image_size = image_size
         self.augment = augment
         self.with_index = with_index
@@ -69,6 +85,9 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
         index, seed = key if isinstance(key, tuple) else (key, key)
         image = self.images[int(self.indices[index])]
+        if not isinstance(image, Tensor) or image.ndim != 3 or not image.numel():
+            found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"images must be tensors (C, H, W), got {found}; use torch.as_tensor")
         # A copy in any case, so that an augmentation in place does not reach the stored image.
         image = image.to(torch.float32).div_(255) if image.dtype == torch.uint8 else image.clone()
         if self.augment is not None:
@@ -164,6 +183,7 @@ class ResumableLoader(DataLoader[Any]):
         self._resume_at = (int(state["epoch"]), int(state["batches"]))
 
 
+@check_types
 def without_augmentation(dataset: Any) -> Any:
     """Return one of our own data sets, or a subset of it, without its augmentation; any other as it is.
 

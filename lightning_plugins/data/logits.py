@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["LogitsDataModule", "Scores", "read_logits"]
 
 Scores = Literal["logits", "probs", "log_probs"]
@@ -74,6 +76,7 @@ class LogitsDataModule(pl.LightningDataModule):
         (3, [torch.Size([2, 3])])
     """
 
+    @check_types
     def __init__(
         self,
         logits: str | None = None,
@@ -146,6 +149,7 @@ class LogitsDataModule(pl.LightningDataModule):
         return dataset
 
 
+@check_types
 def read_logits(path: str | Path, *, input: Scores = "logits") -> dict[str, Part]:
     r"""Read logits and labels from a file in one of the forms of :class:`LogitsDataModule`.
 

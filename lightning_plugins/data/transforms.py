@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = [
     "ClassOverlap",
     "Imbalance",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 
+@check_types
 def make_imbalanced(
     targets: Tensor,
     kind: Literal["exp", "step"],
@@ -103,6 +106,7 @@ def make_imbalanced(
     return torch.cat(kept).sort().values
 
 
+@check_types
 def symmetric_label_noise(targets: Tensor, rate: float, *, num_classes: int, seed: int = 0) -> Tensor:
     """Replace each label, with probability ``rate``, by a uniformly drawn *other* class.
 
@@ -141,6 +145,7 @@ def symmetric_label_noise(targets: Tensor, rate: float, *, num_classes: int, see
     return ((targets.long() + shift.to(targets.device)) % num_classes).to(targets.dtype)
 
 
+@check_types
 def class_overlap(
     targets: Tensor, pairs: Sequence[tuple[int, int]], *, probability: float = 0.5, seed: int = 0
 ) -> Tensor:
@@ -176,6 +181,7 @@ def class_overlap(
     return torch.where(swapped.to(targets.device), exchanged, targets)
 
 
+@check_types
 def stratified_split(targets: Tensor, fraction: float, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split positions into the rest and a part that holds the same ``fraction`` of every class, rounded per class.
 
@@ -220,6 +226,7 @@ class TargetTransform(ABC):
     """A change of the training images' labels, or a choice among them, that an ``ImageDataModule`` applies."""
 
     @abstractmethod
+    @check_types
     def apply(self, targets: Tensor, *, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return the positions to keep and their new labels.
 
@@ -234,6 +241,7 @@ class TargetTransform(ABC):
         """
 
 
+@check_types
 @dataclass(frozen=True)
 class Imbalance(TargetTransform):
     """Keep an imbalanced subset, see :func:`make_imbalanced`.
@@ -266,6 +274,7 @@ class Imbalance(TargetTransform):
         _check_imbalance(self.kind, self.ratio, self.max_per_class, self.class_order)
         _check_seed(self.seed)
 
+    @check_types
     def apply(self, targets: Tensor, *, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return the positions of the subset and its unchanged labels."""
         order = range(num_classes) if self.class_order is None else self.class_order
@@ -282,6 +291,7 @@ class Imbalance(TargetTransform):
         return kept, targets[kept]
 
 
+@check_types
 @dataclass(frozen=True)
 class LabelNoise(TargetTransform):
     """Flip labels to other classes, see :func:`symmetric_label_noise`.
@@ -305,12 +315,14 @@ class LabelNoise(TargetTransform):
         _check_probability("rate", self.rate)
         _check_seed(self.seed)
 
+    @check_types
     def apply(self, targets: Tensor, *, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return all positions and the noisy labels."""
         seed = seed if self.seed is None else self.seed
         return torch.arange(len(targets)), symmetric_label_noise(targets, self.rate, num_classes=num_classes, seed=seed)
 
 
+@check_types
 @dataclass(frozen=True)
 class ClassOverlap(TargetTransform):
     """Let pairs of classes swap labels, see :func:`class_overlap`.
@@ -338,6 +350,7 @@ class ClassOverlap(TargetTransform):
         _check_probability("probability", self.probability)
         _check_seed(self.seed)
 
+    @check_types
     def apply(self, targets: Tensor, *, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return all positions and the exchanged labels."""
         highest = max(label for pair in self.pairs for label in pair)
@@ -367,7 +380,7 @@ def _check_probability(name: str, value: float) -> None:
 
 def _check_targets(targets: Tensor, num_classes: int | None = None) -> int:
     """Return the highest label plus one."""
-    if targets.ndim != 1 or targets.is_floating_point() or not len(targets):
+    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool or not len(targets):
         raise ValueError(
             f"targets must be a non-empty vector of integer labels, got shape {tuple(targets.shape)} and type "
             f"{targets.dtype}; pass class indices, not one-hot rows or probabilities"

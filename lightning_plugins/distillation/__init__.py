@@ -40,6 +40,7 @@ from lightning_plugins.distillation.pool import ClassPool, RealBatch
 from lightning_plugins.distillation.presets import PRESETS, DistillationSettings, preset_settings
 from lightning_plugins.distillation.stepping import vectorised_constants
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
+from lightning_plugins.distillation.trajectory import ExpertTrajectories, TrajectoryMatching, match_trajectory
 
 __all__ = [
     "PRESETS",
@@ -50,6 +51,7 @@ __all__ = [
     "ClassPool",
     "DistillationSettings",
     "DistributionMatching",
+    "ExpertTrajectories",
     "ExtractorBank",
     "FlipUnion",
     "FrequencySampler",
@@ -66,6 +68,7 @@ __all__ = [
     "SiameseAugmentation",
     "SyntheticSet",
     "TrainedNets",
+    "TrajectoryMatching",
     "augment",
     "augmentation_robust_score",
     "characteristic_function_discrepancy",
@@ -83,6 +86,7 @@ __all__ = [
     "images_per_tile",
     "improvement_over_random",
     "label_robust_score",
+    "match_trajectory",
     "preset_settings",
     "train_expert_",
     "train_nets",

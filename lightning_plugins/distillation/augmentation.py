@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.generators import PrivateGenerator
 
 __all__ = ["AugmentationDraw", "AugmentationVariant", "Operation", "SiameseAugmentation", "augment"]
@@ -30,6 +31,7 @@ _NUMBERS = {
 _SCALE, _DEGREES, _SHIFT, _BOX = 1.2, 15.0, 0.125, 0.5
 
 
+@check_types
 @dataclass(frozen=True)
 class AugmentationDraw:
     """What was drawn for one batch; it does not depend on the size or the number of the images.
@@ -37,10 +39,21 @@ class AugmentationDraw:
     Attributes:
         operations: in the order in which they are applied.
         numbers: uniform on [0, 1), by name: floats for all images alike, or tensors ``(N,)`` with one for each.
+
+    Raises:
+        ValueError: for an unknown operation, or one without its numbers.
     """
 
     operations: tuple[str, ...]
     numbers: dict[str, float] | dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.operations if name not in _OPERATIONS]
+        if unknown:
+            raise ValueError(f"operations must be some of {', '.join(_OPERATIONS)}, got {self.operations!r}")
+        missing = [name for operation in self.operations for name in _NUMBERS[operation] if name not in self.numbers]
+        if missing:
+            raise ValueError(f"numbers must hold {', '.join(missing)} too; SiameseAugmentation draws them")
 
 
 class SiameseAugmentation:
@@ -72,6 +85,7 @@ class SiameseAugmentation:
         B. Zhao, H. Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021, section 3.
     """
 
+    @check_types
     def __init__(
         self,
         operations: Sequence[Operation] = ("color", "crop", "cutout"),
@@ -97,10 +111,12 @@ class SiameseAugmentation:
         self._choices = tuple(name for name in self.operations if name not in always)
         self._generator = PrivateGenerator(seed, "augmentation")
 
+    @check_types
     def draw(self, num_classes: int) -> tuple[AugmentationDraw, ...]:
         """Draw for one step: one draw, or one for each class."""
         return tuple(self._draw(None) for _ in range(num_classes if self.scope == "class" else 1))
 
+    @check_types
     def apply(self, images: Tensor, draws: Sequence[AugmentationDraw], *, classes: range | None = None) -> Tensor:
         """Augment the images of some classes.
 
@@ -111,12 +127,22 @@ class SiameseAugmentation:
 
         Shape:
             - images, output: ``(c, m, channels, H, W)``
+
+        Raises:
+            ValueError: for other images, or another number of draws than classes.
         """
+        if images.ndim != 5:
+            raise ValueError(f"images must be (c, m, channels, H, W), got {tuple(images.shape)}")
         if len(draws) == 1:
-            return augment(images.flatten(0, 1), draws[0]).view_as(images)
+            return augment(images.flatten(0, 1), draws[0]).reshape(images.shape)
         classes = range(len(images)) if classes is None else classes
+        if len(classes) != len(images) or not len(images) or max(classes) >= len(draws):
+            raise ValueError(
+                f"one draw for each of {len(images)} classes was expected, got {len(draws)} and classes {classes}"
+            )
         return torch.stack([augment(rows, draws[label]) for rows, label in zip(images, classes, strict=True)])
 
+    @check_types
     def __call__(self, images: Tensor) -> Tensor:
         """Augment each of the images ``(N, channels, H, W)`` with numbers of its own, as evaluation does."""
         draw = self._draw(len(images))
@@ -144,17 +170,25 @@ class SiameseAugmentation:
         return AugmentationDraw(operations, dict(zip(names, rows, strict=True)))
 
 
+@check_types
 def augment(images: Tensor, draw: AugmentationDraw) -> Tensor:
     """Apply a draw to images; differentiable in the images.
 
     Shape:
-        - images, output: ``(N, channels, H, W)``
+        - images, output: ``(N, channels, H, W)``, floating-point
+
+    Raises:
+        ValueError: for other images.
 
     Example:
         >>> draw = AugmentationDraw(("flip",), {"flip": 0.2})
         >>> augment(torch.tensor([[[[1.0, 2.0]]]]), draw)
         tensor([[[[2., 1.]]]])
     """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating-point (N, channels, H, W), got {tuple(images.shape)} of {images.dtype}"
+        )
     numbers = {
         name: value.to(images.device, images.dtype) if isinstance(value, Tensor) else value
         for name, value in draw.numbers.items()

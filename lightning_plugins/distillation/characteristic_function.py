@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.generators import PrivateGenerator
 
 __all__ = [
@@ -23,6 +24,7 @@ _TILE = 16  # rows of frequencies that share one output row of the sampling netw
 _EPS = 1e-12
 
 
+@check_types
 def characteristic_function_discrepancy(
     real: Tensor, synthetic: Tensor, frequencies: Tensor, *, alpha: float = 0.5, beta: float = 0.5
 ) -> Tensor:
@@ -84,6 +86,7 @@ def characteristic_function_discrepancy(
     ).squeeze(0)
 
 
+@check_types
 def discrepancy_per_class(real: Tensor, synthetic: Tensor, *, alpha: float = 0.5, beta: float = 0.5) -> Tensor:
     """Return the discrepancy of each class from characteristic functions; see the function for samples.
 
@@ -97,11 +100,18 @@ def discrepancy_per_class(real: Tensor, synthetic: Tensor, *, alpha: float = 0.5
         - real, synthetic: ``(2, C, K)``
         - output: ``(C,)``
 
+    Raises:
+        ValueError: for other shapes.
+
     Example:
         >>> discrepancy_per_class(torch.tensor([[[1.0]], [[0.0]]]), torch.tensor([[[0.0]], [[1.0]]]), alpha=1, beta=1)
         tensor([1.4142])
     """
     _check_weights(alpha, beta)
+    if real.ndim != 3 or len(real) != 2 or real.shape != synthetic.shape:
+        raise ValueError(
+            f"real and synthetic must both be (2, C, K), got {tuple(real.shape)} and {tuple(synthetic.shape)}"
+        )
     squared = (real - synthetic).square().sum(0)
     weighted = beta * squared
     if alpha != beta:
@@ -113,12 +123,14 @@ def discrepancy_per_class(real: Tensor, synthetic: Tensor, *, alpha: float = 0.5
     return (weighted + _EPS).sqrt().mean(-1)
 
 
+@check_types
 def unit_rows(features: Tensor) -> Tensor:
     """Scale the rows ``(..., D)`` to length 1, in float32 or better; a row of zeros stays and has a finite gradient."""
     features = features if features.dtype == torch.float64 else features.float()
     return features * (features.square().sum(-1, keepdim=True) + _EPS).rsqrt()
 
 
+@check_types
 def characteristic_sums(features: Tensor, frequencies: Tensor) -> Tensor:
     """Return the sums of ``cos <t, F>`` and ``sin <t, F>`` over the rows of every class.
 
@@ -134,10 +146,20 @@ def characteristic_sums(features: Tensor, frequencies: Tensor) -> Tensor:
         - frequencies: ``(K, D)``
         - output: ``(2, C, K)``
 
+    Raises:
+        ValueError: for other shapes, or features that are not floating-point.
+
     Example:
         >>> characteristic_sums(torch.zeros(3, 5, 2), torch.ones(4, 2)).tolist()[0][0]
         [5.0, 5.0, 5.0, 5.0]
     """
+    if features.ndim != 3 or frequencies.ndim != 2 or features.shape[2] != frequencies.shape[1]:
+        raise ValueError(
+            "features must be (C, m, D) and frequencies (K, D), got "
+            f"{tuple(features.shape)} and {tuple(frequencies.shape)}"
+        )
+    if not (features.is_floating_point() and features.numel()):
+        raise ValueError(f"features must be floating-point and some, got {features.dtype} of {tuple(features.shape)}")
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     sums: Tensor = _CharacteristicSums.apply(features, frequencies, dtype)
@@ -203,6 +225,7 @@ class SamplingNetwork(nn.Module):
         section 3; the layers are those of the released code, ``rank`` is ours.
     """
 
+    @check_types
     def __init__(self, dim: int, *, rank: int | None = None) -> None:
         super().__init__()
         hidden = dim if rank is None else rank
@@ -247,6 +270,7 @@ class FrequencySampler:
         torch.Size([64, 2048])
     """
 
+    @check_types
     def __init__(
         self,
         num_frequencies: int = 1024,
@@ -269,12 +293,15 @@ class FrequencySampler:
         self.network = network
         self._generator = PrivateGenerator(seed, "frequencies")
 
+    @check_types
     def draw(self, dim: int, device: torch.device | str) -> Tensor:
         """Return frequencies ``(K, dim)`` float32, with gradient to the network if there is one.
 
         Raises:
-            ValueError: if the network was made for another ``dim``.
+            ValueError: if ``dim`` is below 1, or the network was made for another.
         """
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim!r}")
         generator = self._generator.on(device)
         normal = torch.randn(self.num_frequencies, dim, generator=generator, device=device)
         if self.scale != 1:

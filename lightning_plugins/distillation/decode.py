@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["DecodeVariant", "decode", "decode_index", "encode"]
 
 DecodeVariant = Literal["single", "multi", "bound"]
 
 
+@check_types
 def decode(images: Tensor, rho: int, variant: DecodeVariant = "single", *, bound: int = 128) -> Tensor:
     """Cut every image into ``rho x rho`` tiles and enlarge each tile to the size of the image.
 
@@ -45,8 +48,8 @@ def decode(images: Tensor, rho: int, variant: DecodeVariant = "single", *, bound
     Reference:
         J.-H. Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022, section 4.
     """
-    if images.ndim < 4:
-        raise ValueError(f"images must have shape (..., n, C, H, W), got {tuple(images.shape)}")
+    if images.ndim < 4 or not images.numel():
+        raise ValueError(f"images must have shape (..., n, C, H, W) and be some, got {tuple(images.shape)}")
     if rho > min(images.shape[-2:]):
         raise ValueError(f"rho must not exceed the sides {tuple(images.shape[-2:])} of the images, got {rho!r}")
     plan = _plan(images.shape[-4], rho, variant, bound)
@@ -55,6 +58,7 @@ def decode(images: Tensor, rho: int, variant: DecodeVariant = "single", *, bound
     return torch.cat([_decode_by(images[..., start:stop, :, :, :], factor) for start, stop, factor in plan], -4)
 
 
+@check_types
 def decode_index(num_images: int, rho: int, variant: DecodeVariant = "single", *, bound: int = 128) -> Tensor:
     """Return for each result of :func:`decode` the stored image that it is a part of.
 
@@ -74,10 +78,13 @@ def decode_index(num_images: int, rho: int, variant: DecodeVariant = "single", *
         >>> decode_index(2, 2)
         tensor([0, 1, 0, 1, 0, 1, 0, 1])
     """
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images!r}")
     plan = _plan(num_images, rho, variant, bound)
     return torch.cat([torch.arange(start, stop).repeat(factor**2) for start, stop, factor in plan])
 
 
+@check_types
 def encode(images: Tensor, rho: int) -> Tensor:
     """Shrink images to tiles and join ``rho x rho`` of them to each stored image: the order that :func:`decode` undoes.
 

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.augmentation import AugmentationVariant, SiameseAugmentation
 from lightning_plugins.distillation.extractors import NetFactory, untrained_net
 from lightning_plugins.distillation.generators import PrivateGenerator
 from lightning_plugins.distillation.pool import ClassPool
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
 from lightning_plugins.gradients import grad_context
+from lightning_plugins.losses import check_range
 from lightning_plugins.mixing import cutmix
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
 ProtocolName = Literal["house", "vico", "idc", "ncfm"]
 
 
+@check_types
 @dataclass(frozen=True)
 class Protocol:
     """How networks are trained on a set; accuracy is always that of the last epoch.
@@ -59,6 +62,8 @@ class Protocol:
         operations: of :class:`.SiameseAugmentation`, drawn for each image; empty for none.
         variant: of the augmentation.
         cutmix: probability that a batch is mixed; cutout is left out of the operations then.
+        same_compute: divide the epochs by the number of images that a stored one decodes to (rho squared), so that sets
+            of the same memory are trained on for the same number of steps; IDC's option of that name.
     """
 
     name: str = "own"
@@ -76,6 +81,7 @@ class Protocol:
     operations: tuple[str, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
     variant: AugmentationVariant = "idc"
     cutmix: float = 0.0
+    same_compute: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -89,6 +95,10 @@ class Protocol:
             )
         if not 0 <= self.cutmix <= 1:
             raise ValueError(f"cutmix must lie in [0, 1], got {self.cutmix!r}")
+        if self.same_compute and self.epochs is None:
+            raise ValueError(
+                "same_compute divides epochs, and this protocol counts steps; give epochs, or leave it out"
+            )
 
     def num_steps(self, num_images: int) -> int:
         """Return the optimizer steps for a set that decodes to ``num_images``."""
@@ -100,7 +110,20 @@ class Protocol:
         """Return the protocol with another length; its own where both are None."""
         if epochs is None and steps is None:
             return self
-        return replace(self, epochs=epochs, steps=steps)
+        return replace(self, epochs=epochs, steps=steps, same_compute=self.same_compute and steps is None)
+
+    def for_set(self, synthetic: SyntheticSet) -> Protocol:
+        """Return the protocol with the epochs that ``same_compute`` leaves for a set.
+
+        Example:
+            >>> protocol = Protocol(epochs=1000, steps=None, same_compute=True)
+            >>> protocol.for_set(SyntheticSet(torch.rand(2, 3, 1, 8, 8), rho=2)).epochs
+            250
+        """
+        if not self.same_compute or self.epochs is None:
+            return self
+        epochs = self.epochs * synthetic.images_per_class / synthetic.decoded_per_class
+        return replace(self, epochs=max(1, round(epochs)), same_compute=False)
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -191,6 +214,7 @@ class TrainedNets:
         return found.index_add_(1, labels, rows)
 
 
+@check_types
 def train_nets(
     factory: NetFactory,
     images: Tensor,
@@ -235,6 +259,15 @@ def train_nets(
             f"one seed or more and as many targets as images were expected, got {len(seeds)} seeds, {len(images)} "
             f"images and {len(targets)} targets"
         )
+    if targets.is_floating_point() and targets.ndim == 2:
+        if targets.shape[1] != num_classes:
+            raise ValueError(f"soft targets must be (N, {num_classes}), got {tuple(targets.shape)}")
+    elif targets.ndim != 1 or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets must be int64 classes (N,) or probabilities (N, C), got {tuple(targets.shape)} of {targets.dtype}"
+        )
+    else:
+        check_range(targets, num_classes)
     device = images.device
     probe = untrained_net(factory, seed=seeds[0], device=device)
     buffered = any(True for _ in probe.buffers())
@@ -384,6 +417,7 @@ class SetEvaluation:
         distilled: of the set.
         baselines: of real images at the same budget: ``"random"`` stored ones, ``"mix"`` mosaics where rho > 1.
         architectures: of other networks on the set, by name.
+        png: of the set as its pictures hold it, in 8 bits; None if that was not asked for.
         facts: rho, images stored and trained on per class, stored numbers, soft or hard labels.
     """
 
@@ -392,6 +426,12 @@ class SetEvaluation:
     baselines: dict[str, NetAccuracies] = field(default_factory=dict)
     architectures: dict[str, NetAccuracies] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    png: NetAccuracies | None = None
+
+    @property
+    def png_drop(self) -> float | None:
+        """What 8 bits cost: the mean accuracy of the set minus that of its pictures, by the same networks."""
+        return None if self.png is None else self.distilled.mean - self.png.mean
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -403,7 +443,7 @@ class SetEvaluation:
             "baselines": {name: found.to_dict() for name, found in self.baselines.items()},
             "architectures": {name: found.to_dict() for name, found in self.architectures.items()},
             "facts": dict(self.facts),
-        }
+        } | ({} if self.png is None else {"png": self.png.to_dict() | {"drop": self.png_drop}})
 
 
 def set_facts(synthetic: SyntheticSet, *, soft: bool = False) -> dict[str, Any]:
@@ -428,6 +468,12 @@ def training_tensors(synthetic: SyntheticSet, *, soft: bool = False) -> tuple[Te
     return tensors[0], tensors[2].softmax(1)
 
 
+def picture_set(synthetic: SyntheticSet) -> SyntheticSet:
+    """Return the set as its exported pictures hold it; one that leaves [0, 1] is scaled, as the export does."""
+    low, high = (float(value) for value in synthetic.pixels(synthetic.images.detach()).aminmax())
+    return synthetic.quantised(rescale=synthetic.space == "normalised" and (low < 0 or high > 1))
+
+
 def baseline_sets(synthetic: SyntheticSet, pool: ClassPool, *, seed: int = 0) -> dict[str, SyntheticSet]:
     """Return sets of random real images that take the memory of a synthetic one: ``random`` and, for rho > 1, ``mix``.
 
@@ -446,6 +492,7 @@ def baseline_sets(synthetic: SyntheticSet, pool: ClassPool, *, seed: int = 0) ->
     return found
 
 
+@check_types
 def evaluate_set(
     synthetic: SyntheticSet,
     test: ClassPool,
@@ -456,6 +503,7 @@ def evaluate_set(
     train: ClassPool | None = None,
     architectures: Mapping[str, NetFactory] | None = None,
     labels: Literal["hard", "soft"] = "hard",
+    png: bool = False,
     seed: int = 0,
     joint: bool | None = None,
 ) -> SetEvaluation:
@@ -470,6 +518,7 @@ def evaluate_set(
         train: real training images; given, random ones at the same budget are evaluated beside the set.
         architectures: further networks to train on the set, by name, one after the other.
         labels: ``"soft"`` trains on the set's soft logits; real baselines have hard labels in any case.
+        png: whether the set is evaluated as its pictures hold it too, by the same networks: what 8 bits cost.
         seed: of networks, orders, augmentation and random images.
         joint: see :func:`train_nets`.
 
@@ -496,7 +545,7 @@ def evaluate_set(
             images,
             targets,
             num_classes=source.num_classes,
-            protocol=protocol,
+            protocol=protocol.for_set(source),
             seeds=seeds,
             joint=False if alone else joint,
         )
@@ -516,12 +565,14 @@ def evaluate_set(
         {name: accuracies(real, factory, soft=False, alone=False) for name, real in baselines.items()},
         {name: accuracies(synthetic, make, soft=soft, alone=True) for name, make in (architectures or {}).items()},
         set_facts(synthetic, soft=soft),
+        accuracies(picture_set(synthetic), factory, soft=soft, alone=False) if png else None,
     )
 
 
 # The scores of DD-Ranking, on fractions
 
 
+@check_types
 def hard_label_recovery(accuracy_full: float, accuracy_hard: float) -> float:
     """HLR: what training on the set with hard labels loses against the full data, both in [0, 1]; lower is better.
 
@@ -531,23 +582,43 @@ def hard_label_recovery(accuracy_full: float, accuracy_hard: float) -> float:
     return _fraction(accuracy_full) - _fraction(accuracy_hard)
 
 
+@check_types
 def improvement_over_random(accuracy: float, accuracy_random: float) -> float:
     """IOR: what the set gains over random real images trained by the same recipe, both in [0, 1]; higher is better."""
     return _fraction(accuracy) - _fraction(accuracy_random)
 
 
+@check_types
 def label_robust_score(ior: float, hlr: float, *, weight: float = 0.5) -> float:
     """LRS: both in one figure in [0, 1], ``(e^a - e^-1) / (e - e^-1)`` with ``a = weight ior - (1 - weight) hlr``.
+
+    Raises:
+        ValueError: for a gain outside of [-1, 1] or a weight outside of [0, 1].
 
     Example:
         >>> label_robust_score(1.0, -1.0), label_robust_score(-1.0, 1.0)
         (1.0, 0.0)
     """
+    _check_gains(weight, ior=ior, hlr=hlr)
     return _scaled(weight * ior - (1 - weight) * hlr)
 
 
+def _check_gains(weight: float, **gains: float) -> None:
+    for name, gain in gains.items():
+        if not -1 <= gain <= 1:
+            raise ValueError(f"{name} must lie in [-1, 1], got {gain!r}; give shares, not percent")
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must lie in [0, 1], got {weight!r}")
+
+
+@check_types
 def augmentation_robust_score(gain_augmented: float, gain_plain: float, *, weight: float = 0.5) -> float:
-    """ARS: as LRS, of ``weight gain_augmented + (1 - weight) gain_plain``, gains over random images in [-1, 1]."""
+    """ARS: as LRS, of ``weight gain_augmented + (1 - weight) gain_plain``, gains over random images in [-1, 1].
+
+    Raises:
+        ValueError: for a gain outside of [-1, 1] or a weight outside of [0, 1].
+    """
+    _check_gains(weight, gain_augmented=gain_augmented, gain_plain=gain_plain)
     return _scaled(weight * gain_augmented + (1 - weight) * gain_plain)
 
 

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.augmentation import SiameseAugmentation
 from lightning_plugins.distillation.generators import PrivateGenerator
 from lightning_plugins.distillation.pool import ClassPool
 from lightning_plugins.files import write_atomically
 from lightning_plugins.gradients import grad_context
+from lightning_plugins.mixing import cutmix as cutmix_batch
 
 __all__ = ["ExtractorBank", "NetFactory", "RandomExtractors", "train_expert_", "untrained_net"]
 
@@ -28,6 +30,7 @@ NetFactory = Callable[[], nn.Module]
 """Makes a network with fresh weights from torch's global generator, as torch's layers do."""
 
 
+@check_types
 def untrained_net(factory: NetFactory, *, seed: int, device: torch.device | str = "cpu") -> nn.Module:
     """Make a network whose weights depend on ``seed`` alone; torch's global generator is left as it was.
 
@@ -42,6 +45,7 @@ def untrained_net(factory: NetFactory, *, seed: int, device: torch.device | str 
     return net.to(device)
 
 
+@check_types
 def train_expert_(
     net: nn.Module,
     pool: ClassPool,
@@ -52,9 +56,12 @@ def train_expert_(
     weight_decay: float = 5e-4,
     batch_size: int = 128,
     augmentation: SiameseAugmentation | None = None,
+    cutmix: float = 0.0,
+    lower_learning_rate: bool = True,
+    on_epoch: Callable[[int], None] | None = None,
     seed: int = 0,
 ) -> list[float]:
-    """Train a network on the real images, in place: SGD, learning rate times 0.2 after 2/3 and 5/6 of the epochs.
+    """Train a network on the real images, in place, with SGD.
 
     Args:
         net: from images ``(N, channels, H, W)`` to logits ``(N, C)``, on the device of the pool.
@@ -65,7 +72,10 @@ def train_expert_(
         weight_decay: at least 0.
         batch_size: at least 1.
         augmentation: draws for every image; None for none.
-        seed: of the order of the images.
+        cutmix: probability in [0, 1] that a batch is mixed, see :func:`.cutmix`.
+        lower_learning_rate: whether it is multiplied by 0.2 after 2/3 and 5/6 of the epochs.
+        on_epoch: called with the number of epochs that are done, to keep or show the network.
+        seed: of the order of the images and of the mixing.
 
     Returns:
         The mean training loss of each epoch.
@@ -85,13 +95,16 @@ def train_expert_(
             f"epochs must be at least 0, batch_size at least 1 and learning_rate above 0, got {epochs!r}, "
             f"{batch_size!r} and {learning_rate!r}"
         )
+    if not 0 <= cutmix <= 1:
+        raise ValueError(f"cutmix must lie in [0, 1], got {cutmix!r}")
     generator = PrivateGenerator(seed, "expert").on("cpu")
+    mixing = PrivateGenerator(seed, "mixing of an expert").on("cpu")
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
     losses = []
     with grad_context():
         for epoch in range(epochs):
-            if epoch in {-(-2 * epochs // 3), -(-5 * epochs // 6)}:
+            if lower_learning_rate and epoch in {-(-2 * epochs // 3), -(-5 * epochs // 6)}:
                 for group in optimizer.param_groups:
                     group["lr"] *= 0.2
             total = torch.zeros((), device=pool.device)
@@ -100,7 +113,10 @@ def train_expert_(
                 images, labels = pool.batch(order[start : start + batch_size])
                 if augmentation is not None:
                     images = augmentation(images)
-                loss = F.cross_entropy(net(images), labels)
+                targets = labels
+                if cutmix and float(torch.rand((), generator=mixing)) < cutmix:
+                    images, targets = cutmix_batch(images, labels, num_classes=pool.num_classes, generator=mixing)
+                loss = F.cross_entropy(net(images), targets)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -111,6 +127,8 @@ def train_expert_(
                     f"the loss of the expert is {losses[-1]} after epoch {epoch + 1}; lower learning_rate "
                     f"({learning_rate})"
                 )
+            if on_epoch is not None:
+                on_epoch(epoch + 1)
     return losses
 
 
@@ -134,6 +152,7 @@ class RandomExtractors:
         False
     """
 
+    @check_types
     def __init__(self, factory: NetFactory, *, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self._factory = factory
         self._generator = PrivateGenerator(seed, "untrained networks")
@@ -209,6 +228,7 @@ class ExtractorBank:
         appendix, and its released code.
     """
 
+    @check_types
     def __init__(self, net: nn.Module, initial: Tensor, trained: Tensor, *, seed: int = 0) -> None:
         self.net = net
         self._flat = _flatten_(net)
@@ -221,14 +241,14 @@ class ExtractorBank:
                 f"the bank is of another architecture: it has {initial.shape[1]} weights, "
                 f"{type(net).__name__} has {len(self._flat)}"
             )
-        self._initial = initial.to(self._flat)
-        self._trained = trained.to(self._flat)
+        self._initial = initial.detach().to(self._flat)
+        self._trained = trained.detach().to(self._flat)
         self._generator = PrivateGenerator(seed, "extractors")
         self._last = 0
         digest = hashlib.sha256()
         for rows in (self._initial, self._trained):
             digest.update(f"{tuple(rows.shape)}".encode())
-            digest.update(rows.cpu().contiguous().numpy().data)
+            digest.update(rows.detach().cpu().contiguous().numpy().data)
         self._fingerprint = digest.hexdigest()
         self.load_trained_()
 
@@ -245,6 +265,7 @@ class ExtractorBank:
         weight_decay: float = 5e-4,
         batch_size: int = 128,
         augmentation: SiameseAugmentation | None = None,
+        cutmix: float = 0.0,
         seed: int = 0,
         on_pair: Callable[[int], None] | None = None,
     ) -> ExtractorBank:
@@ -260,6 +281,7 @@ class ExtractorBank:
             weight_decay: of SGD.
             batch_size: of SGD.
             augmentation: draws for every image; None for none.
+            cutmix: probability that a batch is mixed.
             seed: of weights, order and draws.
             on_pair: called with the number of networks that are done, for a progress bar.
         """
@@ -280,6 +302,7 @@ class ExtractorBank:
                 weight_decay=weight_decay,
                 batch_size=batch_size,
                 augmentation=augmentation,
+                cutmix=cutmix,
                 seed=order_seed,
             )
             trained.append(_vector(net))
@@ -336,7 +359,7 @@ class ExtractorBank:
             raise ValueError(f"{name!r} is a safetensors file, but none that ExtractorBank.save wrote")
         net = untrained_net(factory, seed=0, device=device)
         bank = cls(net, tensors["initial"], tensors["trained"], seed=seed)
-        if json.loads(metadata[FORMAT]).get("fingerprint") != bank.fingerprint:
+        if metadata[FORMAT] != json.dumps({"fingerprint": bank.fingerprint}):
             raise ValueError(f"{name!r} is damaged: its fingerprint differs from its weights'; copy it again")
         return bank
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -16,6 +18,7 @@ __all__ = ["class_bars", "image_grid"]
 _COLORS = ("#4477aa", "#bbbbbb", "#ee6677", "#228833")
 
 
+@check_types
 def image_grid(images: Tensor, *, enlarge: int = 4, columns: int = 20) -> Tensor:
     """Lay images out, on a fixed range of values, enlarged without smoothing.
 
@@ -30,10 +33,18 @@ def image_grid(images: Tensor, *, enlarge: int = 4, columns: int = 20) -> Tensor
         - images: ``(C, n, channels, H, W)``
         - output: ``(1 or 3, rows * (H * enlarge + 1) + 1, columns * (W * enlarge + 1) + 1)``
 
+    Raises:
+        ValueError: for other images, or numbers below 1.
+
     Example:
         >>> image_grid(torch.rand(10, 3, 1, 8, 8), enlarge=2).shape
         torch.Size([1, 52, 171])
     """
+    if images.ndim != 5 or enlarge < 1 or columns < 1:
+        raise ValueError(
+            "images must be (C, n, channels, H, W), enlarge and columns at least 1, got "
+            f"{tuple(images.shape)}, {enlarge!r} and {columns!r}"
+        )
     shown = images.detach()[:, :columns].float().clamp(0, 1).cpu()
     if shown.shape[1] < len(shown) <= columns:
         shown = shown.transpose(0, 1)
@@ -46,6 +57,7 @@ def image_grid(images: Tensor, *, enlarge: int = 4, columns: int = 20) -> Tensor
     return torch.nn.functional.pad(grid, (0, 1, 0, 1), value=0.5)
 
 
+@check_types
 def class_bars(
     values: Mapping[str, Sequence[float]], class_names: Sequence[str], *, label: str, percent: bool = False
 ) -> Figure:

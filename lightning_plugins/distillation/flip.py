@@ -8,11 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["FlipMode", "FlipUnion", "flip_detectability", "flip_union"]
 
 FlipMode = Literal["off", "synthetic", "both", "auto"]
 
 
+@check_types
 def flip_union(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Join images with their mirror images, and the labels with themselves.
 
@@ -42,6 +45,7 @@ def flip_union(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([images, images.flip(-1)]), torch.cat([labels, labels])
 
 
+@check_types
 def flip_detectability(real: Iterable[Tensor], *, seed: int = 0) -> Tensor:
     """Estimate for each class how often a mirror image can be told from an original.
 
@@ -57,7 +61,8 @@ def flip_detectability(real: Iterable[Tensor], *, seed: int = 0) -> Tensor:
         - output: ``(C,)`` float64 in [0, 1]
 
     Raises:
-        ValueError: if a class has fewer than two images.
+        TypeError: if the images of a class are no tensor.
+        ValueError: if a class has fewer than two images, or there is no class.
 
     Example:
         >>> one_sided = torch.tensor([1.0, 0.0]).expand(6, 1, 1, 2)
@@ -68,6 +73,8 @@ def flip_detectability(real: Iterable[Tensor], *, seed: int = 0) -> Tensor:
     """
     shares = []
     for label, images in enumerate(real):
+        if not isinstance(images, Tensor):
+            raise TypeError(f"the images of each class must be a tensor, found a {type(images).__name__}")
         count = len(images)
         if count < 2:
             raise ValueError(f"class {label} has {count} images, and two or more are needed to compare them")
@@ -77,6 +84,8 @@ def flip_detectability(real: Iterable[Tensor], *, seed: int = 0) -> Tensor:
         # |x - flip(mean)|^2 - |x - mean|^2 is twice this product, as both prototypes are equally long.
         nearer = (images[count // 2 :].flatten(1) @ (mean - mean.flip(-1)).flatten()).double()
         shares.append((nearer.sign().mean() / 2 + 0.5).cpu())
+    if not shares:
+        raise ValueError("the images of one class or more are needed, found none")
     return torch.stack(shares)
 
 
@@ -111,6 +120,7 @@ class FlipUnion:
         B. Son et al., "FYI: Flip Your Images for Dataset Distillation", ECCV 2024. ``"auto"`` and ``"both"`` are ours.
     """
 
+    @check_types
     def __init__(self, mode: FlipMode = "off", *, threshold: float = 0.85) -> None:
         if mode not in ("off", "synthetic", "both", "auto"):
             raise ValueError(f"mode must be 'off', 'synthetic', 'both' or 'auto', got {mode!r}")
@@ -120,6 +130,7 @@ class FlipUnion:
         self.threshold = threshold
         self.detectability: Tensor | None = None
 
+    @check_types
     def fit(self, real: Iterable[Tensor], *, seed: int = 0) -> FlipUnion:
         """Estimate the detectability of every class, see :func:`flip_detectability`; return the union itself."""
         self.detectability = flip_detectability(real, seed=seed)
@@ -142,6 +153,7 @@ class FlipUnion:
             raise ValueError(f"{len(self.detectability)} classes were fitted, {num_classes} were asked for")
         return tuple(int(label) for label in (self.detectability[:num_classes] < self.threshold).nonzero())
 
+    @check_types
     def per_class(
         self, images: Tensor, *, classes: range | None = None, side: Literal["synthetic", "real"] = "synthetic"
     ) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.augmentation import AugmentationDraw, SiameseAugmentation
 from lightning_plugins.distillation.characteristic_function import (
     FrequencySampler,
@@ -20,7 +21,7 @@ from lightning_plugins.distillation.characteristic_function import (
     unit_rows,
 )
 from lightning_plugins.distillation.flip import FlipUnion
-from lightning_plugins.distillation.pool import RealBatch
+from lightning_plugins.distillation.pool import ClassPool, RealBatch
 from lightning_plugins.features import PenultimateFeatures, classifier_layer
 
 __all__ = [
@@ -82,10 +83,16 @@ class Objective(ABC):
         flip: None for none.
         tile_size: most real images in the network at once; None asks :func:`images_per_tile`.
 
+    Attributes:
+        needs_all_classes: whether a call must have all classes of the set; False unless a subclass says otherwise.
+
     Raises:
         ValueError: if ``tile_size`` is below 1.
     """
 
+    needs_all_classes = False
+
+    @check_types
     def __init__(
         self,
         *,
@@ -99,6 +106,14 @@ class Objective(ABC):
         self.flip = flip
         self.tile_size = tile_size
         self._measured: dict[tuple[Any, ...], int] = {}
+
+    def prepare(self, factory: Callable[[], nn.Module], pool: ClassPool) -> None:  # noqa: B027
+        """Make what needs the real images, before the first step; nothing, unless a subclass does.
+
+        Args:
+            factory: makes a fresh network.
+            pool: the real images.
+        """
 
     def draw(self, net: nn.Module, num_classes: int) -> ObjectiveDraw:
         """Draw what is random in one step.
@@ -175,7 +190,7 @@ class Objective(ABC):
 
     @staticmethod
     def _check(real: RealBatch, synthetic: Tensor) -> None:
-        if synthetic.ndim != 5 or len(synthetic) != len(real.indices):
+        if synthetic.ndim != 5 or len(synthetic) != len(real.indices) or not synthetic.numel():
             raise ValueError(
                 f"synthetic images ({len(real.indices)}, m, channels, H, W) were expected, one row for each class of "
                 f"the real batch, got {tuple(synthetic.shape)}"
@@ -210,6 +225,7 @@ class CharacteristicFunction(Objective):
         S. Wang et al., "Dataset Distillation with Neural Characteristic Function: A Minmax Perspective", CVPR 2025.
     """
 
+    @check_types
     def __init__(
         self,
         frequencies: FrequencySampler | None = None,
@@ -235,6 +251,7 @@ class CharacteristicFunction(Objective):
         frequencies = self.frequencies.draw(layer.in_features, layer.weight.device)
         return ObjectiveDraw(super().draw(net, num_classes).augmentation, frequencies)
 
+    @check_types
     def loss(
         self,
         net: nn.Module,
@@ -300,6 +317,7 @@ class DistributionMatching(Objective):
         B. Zhao, H. Bilen, "Dataset Condensation with Distribution Matching", WACV 2023, equation 4.
     """
 
+    @check_types
     def loss(
         self,
         net: nn.Module,
@@ -346,6 +364,7 @@ class GradientMatching(Objective):
         J.-H. Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
     """
 
+    @check_types
     def __init__(
         self,
         distance: Literal["cosine", "l1", "mse"] = "cosine",
@@ -361,6 +380,7 @@ class GradientMatching(Objective):
         self.distance = distance
         self.vectorised = vectorised
 
+    @check_types
     def loss(
         self,
         net: nn.Module,
@@ -450,6 +470,7 @@ class CalibrationTerm:
         torch.Size([2])
     """
 
+    @check_types
     def __init__(
         self, weight: float = 1.0, *, augmentation: SiameseAugmentation | None = None, flip: FlipUnion | None = None
     ) -> None:
@@ -459,6 +480,7 @@ class CalibrationTerm:
         self.augmentation = augmentation
         self.flip = flip
 
+    @check_types
     def loss(
         self,
         net: nn.Module,
@@ -477,7 +499,14 @@ class CalibrationTerm:
 
         Shape:
             - synthetic: ``(c, m, channels, H, W)``
+
+        Raises:
+            ValueError: for another shape, or as many classes as there are not.
         """
+        if synthetic.ndim != 5 or not synthetic.numel() or (classes is not None and len(classes) != len(synthetic)):
+            raise ValueError(
+                f"synthetic images (c, m, channels, H, W), c classes, were expected, got {tuple(synthetic.shape)}"
+            )
         classes = range(len(synthetic)) if classes is None else classes
         if self.flip is not None:
             synthetic = self.flip.per_class(synthetic, classes=classes)
@@ -490,6 +519,7 @@ class CalibrationTerm:
         return ObjectiveLoss(self.weight * losses.view(len(classes), -1).mean(1))
 
 
+@check_types
 def images_per_tile(net: nn.Module, image_shape: tuple[int, ...], device: torch.device | str) -> int:
     """Return how many images go through a network at once so that its largest output stays in the cache.
 
@@ -501,11 +531,16 @@ def images_per_tile(net: nn.Module, image_shape: tuple[int, ...], device: torch.
         image_shape: channels, height and width.
         device: of the images.
 
+    Raises:
+        ValueError: for another shape.
+
     Example:
         >>> from lightning_plugins.models import convnet3
         >>> images_per_tile(convnet3(), (3, 32, 32), "cpu")
         64
     """
+    if not image_shape or min(image_shape) < 1:
+        raise ValueError(f"image_shape must be channels, height and width, each at least 1, got {image_shape!r}")
     device = torch.device(device)
     largest = 1
     hooks = []

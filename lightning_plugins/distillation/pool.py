@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.generators import PrivateGenerator
 
 __all__ = ["ClassPool", "RealBatch"]
 
 
+@check_types
 @dataclass(frozen=True)
 class RealBatch:
     """The same number of real images of some classes, which are fetched and normalised when they are asked for.
@@ -133,6 +135,7 @@ class ClassPool:
         torch.Size([2, 4, 1, 8, 8])
     """
 
+    @check_types
     def __init__(
         self,
         images: Tensor,
@@ -149,7 +152,7 @@ class ClassPool:
             raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
         if labels.is_floating_point():
             raise TypeError(f"labels must be class indices, got {labels.dtype}")
-        if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
+        if images.ndim != 4 or labels.shape != images.shape[:1] or not images.numel():
             raise ValueError(
                 f"images (N, C, H, W) with one label each were expected, got {tuple(images.shape)} and "
                 f"{tuple(labels.shape)}"
@@ -270,6 +273,7 @@ class ClassPool:
         start = int(self._offsets[label])
         return self.images[start : start + self.counts[label]]
 
+    @check_types
     def draw(self, batch_size: int, *, first: bool = False) -> RealBatch:
         """Draw images of every class, without repeats as long as a class has enough.
 

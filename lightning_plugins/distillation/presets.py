@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.augmentation import AugmentationVariant
 from lightning_plugins.distillation.decode import DecodeVariant
 from lightning_plugins.distillation.flip import FlipMode
@@ -20,6 +21,7 @@ PRESETS: tuple[PresetName, ...] = ("house", "ncfm-paper", "ncfm-released", "dm",
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
+@check_types
 @dataclass(frozen=True)
 class DistillationSettings:
     """What a distillation run does; None leaves a value to the preset.
@@ -34,6 +36,7 @@ class DistillationSettings:
         bound: of the decoding.
         flip: mode of the :class:`.FlipUnion`.
         batch_real: real images of each class in a step.
+        batch_synthetic: most decoded images of each class in a step, drawn anew each time; 0 for all.
         real_batch: ``"random"``, or ``"first"`` for the same first images each time.
         augmentation: operations that real and synthetic images share, joined by ``_``; empty for none.
         augmentation_variant: see :class:`.SiameseAugmentation`.
@@ -50,6 +53,7 @@ class DistillationSettings:
         extractors: ``"random"`` for untrained networks, ``"bank"`` for mixtures with trained ones.
         num_pairs: networks of the bank.
         pretrain_epochs: of each network of the bank.
+        pretrain_cutmix: probability of CutMix in that training, which leaves cutout out of the augmentation.
         calibration_weight: of the loss of trained networks, a second pass; 0 for none.
         net_refresh: iterations for which a network is kept.
         net_training: what it is trained on in between: ``"none"``, ``"synthetic"`` or ``"real"``.
@@ -59,7 +63,7 @@ class DistillationSettings:
         net_learning_rate: of its SGD.
         net_momentum: of its SGD.
         net_weight_decay: of its SGD.
-        net_cutmix: probability of CutMix in it.
+        net_cutmix: probability of CutMix in it, which leaves cutout out of the augmentation.
         optimizer: of the images, ``"adamw"`` or ``"sgd"``.
         learning_rate: of the images.
         momentum: of ``"sgd"``.
@@ -80,6 +84,7 @@ class DistillationSettings:
     bound: int | None = None
     flip: FlipMode | None = None
     batch_real: int | None = None
+    batch_synthetic: int | None = None
     real_batch: Literal["random", "first"] | None = None
     augmentation: str | None = None
     augmentation_variant: AugmentationVariant | None = None
@@ -96,6 +101,7 @@ class DistillationSettings:
     extractors: Literal["random", "bank"] | None = None
     num_pairs: int | None = None
     pretrain_epochs: int | None = None
+    pretrain_cutmix: float | None = None
     calibration_weight: float | None = None
     net_refresh: int | None = None
     net_training: Literal["none", "synthetic", "real"] | None = None
@@ -125,6 +131,7 @@ _NCFM: dict[str, Any] = {
     "bound": 128,
     "flip": "off",
     "batch_real": 1024,
+    "batch_synthetic": 0,
     "real_batch": "random",
     "augmentation": "color_crop_cutout",
     "augmentation_variant": "idc",
@@ -141,6 +148,7 @@ _NCFM: dict[str, Any] = {
     "extractors": "bank",
     "num_pairs": 20,
     "pretrain_epochs": 60,
+    "pretrain_cutmix": 0.5,
     "calibration_weight": 0.0,
     "net_refresh": 1,
     "net_training": "none",
@@ -161,6 +169,7 @@ _NCFM: dict[str, Any] = {
 }
 
 
+@check_types
 def preset_settings(
     name: PresetName, *, images_per_class: int = 10, in_channels: int = 3, image_size: int = 32
 ) -> DistillationSettings:
@@ -168,7 +177,7 @@ def preset_settings(
 
     ``house`` is ours. ``ncfm-paper`` is what the paper describes, ``ncfm-released`` what its code does (no sampling
     network, the first real images of each class, a calibration term). ``dm``, ``dc`` and ``dsa`` are those of the
-    first authors, ``idc`` its authors'; the limit of 128 synthetic images of a class in a step of ``idc`` is left out.
+    first authors, ``idc`` its authors'.
 
     Args:
         name: one of :data:`PRESETS`.
@@ -195,6 +204,7 @@ def preset_settings(
             "batch_real": 256,
             "num_pairs": 5,
             "pretrain_epochs": 20,
+            "pretrain_cutmix": 0.0,
             "calibration_weight": 1.0,
             "plateau_patience": 0,
         }
@@ -235,6 +245,7 @@ def preset_settings(
             "objective": "gradient",
             "iterations": 200_000,
             "batch_real": 64,
+            "batch_synthetic": 128,
             "distance": "l1" if grey else "mse",
             "extractors": "random",
             "net_refresh": 100,
@@ -272,9 +283,13 @@ def merged(base: DistillationSettings, changes: DistillationSettings | Mapping[s
     for name in ("batch_real", "rho", "num_frequencies", "net_refresh", "net_batch_size", "num_pairs"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]!r}")
-    for name in ("calibration_weight", "plateau_patience", "net_epochs", "net_images", "pretrain_epochs"):
+    not_negative = ("batch_synthetic", "calibration_weight", "plateau_patience")
+    for name in (*not_negative, "net_epochs", "net_images", "pretrain_epochs"):
         if values[name] < 0:
             raise ValueError(f"{name} must be at least 0, got {values[name]!r}")
+    for name in ("pretrain_cutmix", "net_cutmix"):
+        if not 0 <= values[name] <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {values[name]!r}")
     choices = {
         "objective": ("characteristic_function", "distribution", "gradient"),
         "real_batch": ("random", "first"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["vectorised_constants"]
 
 
+@check_types
 def vectorised_constants(
     optimizer: Literal["adam", "adamw", "sgd"],
     num_classes: int,
@@ -52,7 +55,7 @@ def vectorised_constants(
         raise ValueError(f"num_classes must be at least 1, got {num_classes!r}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0, got {learning_rate!r}")
-    if not all(0 <= value < 1 for value in (*betas, momentum)):
+    if len(betas) != 2 or not all(0 <= value < 1 for value in (*betas, momentum)):
         raise ValueError(f"betas and momentum must lie in [0, 1), got {tuple(betas)!r} and {momentum!r}")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")

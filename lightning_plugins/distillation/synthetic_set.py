@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.decode import DecodeVariant, decode, decode_index, encode
 from lightning_plugins.distillation.generators import PrivateGenerator
 from lightning_plugins.distillation.pool import ClassPool
@@ -73,6 +74,7 @@ class SyntheticSet(nn.Module):
     std: Tensor
     soft_logits: Tensor | None
 
+    @check_types
     def __init__(
         self,
         images: Tensor,
@@ -360,23 +362,12 @@ class SyntheticSet(nn.Module):
         from PIL import Image
 
         with torch.no_grad():
-            images = self.pixels(self.decode() if decoded else self.images).detach().float().cpu()
-        low, high = (float(value) for value in images.aminmax())
-        if not (low > -float("inf") and high < float("inf")):
-            raise ValueError("images are not finite and make no picture; has training diverged?")
-        if rescale:
-            images = (images - low) / max(high - low, 1e-12)
-        elif low < -1e-6 or high > 1 + 1e-6:
-            raise ValueError(
-                f"a picture needs pixels in [0, 1], these go from {low:.4g} to {high:.4g}; clamp them, or pass "
-                "rescale=True, which changes the contrast of all alike"
-            )
-        if images.shape[2] not in (1, 3):
-            raise ValueError(f"a picture has one or three channels, these images have {images.shape[2]}")
+            values = _bytes(self.pixels(self.decode() if decoded else self.images), rescale=rescale).cpu()
+        if values.shape[2] not in (1, 3):
+            raise ValueError(f"a picture has one or three channels, these images have {values.shape[2]}")
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{str(folder)!r} is not empty; name a new folder")
-        values = (images * 255).round().clamp(0, 255).to(torch.uint8)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, as only a rename within one file system happens at once.
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -393,6 +384,34 @@ class SyntheticSet(nn.Module):
             shutil.rmtree(draft, ignore_errors=True)
         return folder
 
+    def quantised(self, *, rescale: bool = False) -> SyntheticSet:
+        """Return the set that somebody has who only has the pictures of :meth:`save_png`: in pixel space, of 8 bits.
+
+        Args:
+            rescale: as in :meth:`save_png`. A set in pixel space is clamped first.
+
+        Raises:
+            ValueError: if normalised images leave [0, 1] on the pixel scale and ``rescale`` is False.
+
+        Example:
+            >>> found = SyntheticSet(torch.rand(2, 1, 1, 4, 4)).quantised().images * 255
+            >>> torch.equal(found.round(), found)
+            True
+        """
+        with torch.no_grad():
+            images = self.images.clamp(0, 1) if self.space == "pixel" else self.pixels(self.images)
+            images = _bytes(images, rescale=rescale).float() / 255
+        return SyntheticSet(
+            images,
+            mean=self.mean.tolist(),
+            std=self.std.tolist(),
+            rho=self.rho,
+            variant=self.variant,
+            bound=self.bound,
+            class_names=self.class_names,
+            soft_logits=self.soft_logits,
+        ).to(self.images.device)
+
     def _class_folder(self, label: int) -> str:
         index = f"{label:0{len(str(self.num_classes - 1))}d}"
         if self.class_names is None:
@@ -402,6 +421,22 @@ class SyntheticSet(nn.Module):
 
     def _index(self, count: int) -> Tensor:
         return decode_index(count, self.rho, self.variant, bound=self.bound)
+
+
+def _bytes(images: Tensor, *, rescale: bool) -> Tensor:
+    """Round images on the pixel scale to 8 bits."""
+    images = images.detach().float()
+    low, high = (float(value) for value in images.aminmax())
+    if not (low > -float("inf") and high < float("inf")):
+        raise ValueError("images are not finite and make no picture; has training diverged?")
+    if rescale:
+        images = (images - low) / max(high - low, 1e-12)
+    elif low < -1e-6 or high > 1 + 1e-6:
+        raise ValueError(
+            f"a picture needs pixels in [0, 1], these go from {low:.4g} to {high:.4g}; clamp them, or pass "
+            "rescale=True, which changes the contrast of all alike"
+        )
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _write_both(folder: Path, content: bytes, text: bytes) -> None:

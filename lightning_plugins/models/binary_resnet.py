@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["BinaryResNet", "binary_resnet20"]
 
 
@@ -56,6 +58,7 @@ class BinaryResNet(nn.Module):
         released ResNet-20 this follows.
     """
 
+    @check_types
     def __init__(
         self, convolutions_per_stage: int, *, num_classes: int = 10, in_channels: int = 3, width: int = 16
     ) -> None:
@@ -97,6 +100,7 @@ class BinaryResNet(nn.Module):
         return logits
 
 
+@check_types
 def binary_resnet20(*, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> BinaryResNet:
     """Build the ResNet-20 of binary networks, in fp32; :func:`.convert_binary_` makes its 18 inner layers binary.
 

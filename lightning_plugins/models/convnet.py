@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["ConvNet3", "convnet3"]
 
 
@@ -32,6 +34,7 @@ class ConvNet3(nn.Module):
         Bilen, *Dataset Condensation with Gradient Matching*, 2021, for its use in distillation.
     """
 
+    @check_types
     def __init__(
         self, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, width: int = 128
     ) -> None:
@@ -65,6 +68,7 @@ class ConvNet3(nn.Module):
         return logits
 
 
+@check_types
 def convnet3(
     *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, width: int = 128
 ) -> ConvNet3:

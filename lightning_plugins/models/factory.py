@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.models.binary_resnet import binary_resnet20
 from lightning_plugins.models.convnet import convnet3
 from lightning_plugins.models.resnet import resnet20
@@ -22,6 +23,7 @@ _OWN: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+@check_types
 def build_model(
     name: str, *, num_classes: int, in_channels: int = 3, image_size: int | None = None, **model_args: Any
 ) -> nn.Module:

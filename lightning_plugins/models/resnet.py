@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["CifarResNet", "resnet20"]
 
 
@@ -50,6 +52,7 @@ class CifarResNet(nn.Module):
         parameter-free shortcuts (its option A); projections (option B) are what the quantization papers train.
     """
 
+    @check_types
     def __init__(self, blocks_per_stage: int, *, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
         super().__init__()
         sizes = {
@@ -86,6 +89,7 @@ class CifarResNet(nn.Module):
         return logits
 
 
+@check_types
 def resnet20(*, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
     """Build ResNet-20 for small images: 272,186 parameters at width 16 with one input channel.
 

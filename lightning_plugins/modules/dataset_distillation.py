@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_plugins.distillation.augmentation import SiameseAugmentation
-from lightning_plugins.distillation.characteristic_function import FrequencySampler, SamplingNetwork
+from lightning_plugins.distillation.assembly import build_augmentation, build_objective, fresh_copy
+from lightning_plugins.distillation.characteristic_function import SamplingNetwork
 from lightning_plugins.distillation.decode import decode
-from lightning_plugins.distillation.extractors import ExtractorBank, RandomExtractors, untrained_net
-from lightning_plugins.distillation.figures import class_bars, image_grid
-from lightning_plugins.distillation.flip import FlipUnion
+from lightning_plugins.distillation.extractors import ExtractorBank, RandomExtractors
 from lightning_plugins.distillation.generators import PrivateGenerator
+from lightning_plugins.distillation.memory import free_bytes, step_bytes
+from lightning_plugins.distillation.net_training import NetTraining
 from lightning_plugins.distillation.objectives import (
     CalibrationTerm,
     CharacteristicFunction,
-    DistributionMatching,
     GradientMatching,
     Objective,
     ObjectiveDraw,
     ObjectiveLoss,
-    images_per_tile,
 )
 from lightning_plugins.distillation.pool import ClassPool
 from lightning_plugins.distillation.presets import DistillationSettings, PresetName, merged, preset_settings
 from lightning_plugins.distillation.stepping import vectorised_constants
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
-from lightning_plugins.features import classifier_layer
 from lightning_plugins.gradients import grad_context
-from lightning_plugins.logging import log_artifact, log_figure, log_image, log_table
-from lightning_plugins.mixing import cutmix
 from lightning_plugins.models import build_model
+from lightning_plugins.modules.distillation_data import read_pool, take_over_training_loader
+from lightning_plugins.modules.distillation_output import SetExport, image_quantities, show_set
 
 __all__ = ["DatasetDistillation"]
 
@@ -174,9 +169,8 @@ class DatasetDistillation(pl.LightningModule):
         self._other_pool: ClassPool | None = None
         self._extractors: RandomExtractors | ExtractorBank | None = None
         self._calibration: CalibrationTerm | None = None
-        self._net_optimizer: torch.optim.Optimizer | None = None
-        self._net_augmentation: SiameseAugmentation | None = None
-        self._order = PrivateGenerator(seed, "training of the networks")
+        self._net_training: NetTraining | None = None
+        self._subset = PrivateGenerator(seed, "synthetic images of a step")
         self._start: Tensor | None = None
         self._data: dict[str, Any] = {}
         self._class_losses: Tensor | None = None
@@ -194,10 +188,12 @@ class DatasetDistillation(pl.LightningModule):
                 f"DatasetDistillation works in precision '32-true' and 'bf16-mixed', the Trainer has "
                 f"{self.trainer.precision!r}; images and their optimizer must stay in float32"
             )
-        self._take_over_training_loader()
+        if self._give_back is None:
+            self._give_back = take_over_training_loader(self)
         device = self.trainer.strategy.root_device
         if self._pool is None:
-            pool = self._pool = self._read_pool(device)
+            pool, about = read_pool(self.trainer, self.dataset, seed=self.seed)
+            self._pool, self._data = pool, about or self._data
             self.config = self._resolve(pool)
             if self.synthetic is None:
                 self.synthetic = self._first_images(pool)
@@ -227,8 +223,8 @@ class DatasetDistillation(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Add what writes the set into the folder of a run."""
-        there = any(isinstance(callback, _SetExport) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [_SetExport()]
+        there = any(isinstance(callback, SetExport) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there else [SetExport()]
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the images, and that of the sampling network, which climbs."""
@@ -277,8 +273,12 @@ class DatasetDistillation(pl.LightningModule):
             # The frequencies are a leaf for the classes' passes, and what they gather goes through the network once.
             leaf = graph.detach().requires_grad_(graph.requires_grad)
             draw = ObjectiveDraw(draw.augmentation, leaf)
+        chosen = self._chosen_images()
 
         def compare(rows: range, decoded: Tensor) -> ObjectiveLoss:
+            if chosen is not None:
+                first = torch.arange(len(rows), device=decoded.device)[:, None]
+                decoded = decoded[first, chosen[rows.start : rows.stop]]
             return objective.loss(
                 extractors.net, real.select(rows.start, rows.stop), decoded, draw=draw, details=telling
             )
@@ -306,13 +306,20 @@ class DatasetDistillation(pl.LightningModule):
         if telling:
             self._tell(_ready(loss), calibration_values, quantities)
 
+    def _chosen_images(self) -> Tensor | None:
+        """Draw the decoded images of each class that this step compares, ``(C, b)``; None for all."""
+        count, most = self._set().decoded_per_class, self._config()["batch_synthetic"]
+        if not 0 < most < count:
+            return None
+        keys = torch.rand(self._set().num_classes, count, generator=self._subset.on("cpu"))
+        return keys.argsort(1)[:, :most].to(self.device)
+
     def _pass(
         self, loss_of: Callable[[range, Tensor], ObjectiveLoss], *, counted: bool, frequencies: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Step once, or once for each class; return the losses (zero where other processes have them) and details."""
         classes = self._set().num_classes
-        optimizers = self.optimizers()
-        optimizer = cast(Any, optimizers[0] if isinstance(optimizers, list) else optimizers)
+        optimizer = self._image_optimizer()
         if self._config()["class_stepping"] == "sequential":
             # Every process goes through all classes, as each step changes what the next one sees.
             values = torch.zeros(classes, device=self.device)
@@ -395,7 +402,10 @@ class DatasetDistillation(pl.LightningModule):
                 return build_model(
                     template, num_classes=synthetic.num_classes, in_channels=channels, image_size=side, **arguments
                 )
-            return _reset(copy.deepcopy(template))
+            try:
+                return fresh_copy(template)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
 
         return make
 
@@ -416,10 +426,17 @@ class DatasetDistillation(pl.LightningModule):
         bank = None
         if trainer.is_global_zero:
             rank_zero_info(f"training {num_pairs} networks for {epochs} epochs on {len(pool)} real images")
-            augmentation = self._augmentation(1) if config["augmentation"] else None
             with grad_context():
                 bank = ExtractorBank.train(
-                    factory, pool, num_pairs=num_pairs, epochs=epochs, augmentation=augmentation, seed=self.seed
+                    factory,
+                    pool,
+                    num_pairs=num_pairs,
+                    epochs=epochs,
+                    augmentation=build_augmentation(
+                        config, seed=self.seed, purpose=1, cutmix=config["pretrain_cutmix"]
+                    ),
+                    cutmix=config["pretrain_cutmix"],
+                    seed=self.seed,
                 )
             if path is not None:
                 bank.save(path)
@@ -431,48 +448,12 @@ class DatasetDistillation(pl.LightningModule):
         config, extractors = self._config(), self._nets()
         if self.global_step % config["net_refresh"] == 0:
             extractors.sample_()
-            self._net_optimizer = None
+            _ready(self._net_training).restart()
         elif config["net_training"] != "none":
-            self._train_net(extractors.net)
-
-    def _train_net(self, net: nn.Module) -> None:
-        config, pool, synthetic = self._config(), _ready(self._pool), self._set()
-        generator = self._order.on("cpu")
-        net.requires_grad_(True).train()
-        optimizer = self._net_optimizer = self._net_optimizer or self._new_net_optimizer(net)
-        real = config["net_training"] == "real"
-        if not real:
-            with torch.no_grad():
-                images = synthetic.normalise(synthetic.decode()).flatten(0, 1)
-                labels = synthetic.decoded_labels().flatten()
-        count = (config["net_images"] or len(pool)) if real else len(labels)
-        for _ in range(config["net_epochs"]):
-            order = torch.randperm(len(pool) if real else count, generator=generator)[:count]
-            for rows in torch.split(order, config["net_batch_size"]):
-                x, y = pool.batch(rows) if real else (images[rows.to(self.device)], labels[rows.to(self.device)])
-                flip = self._objective().flip
-                if flip is not None and not real:
-                    x, y = flip(x, y)
-                if self._net_augmentation is not None:
-                    x = self._net_augmentation(x)
-                if config["net_cutmix"] and float(torch.rand((), generator=generator)) < config["net_cutmix"]:
-                    x, y = cutmix(x, y, num_classes=synthetic.num_classes, generator=generator)
-                with self._precision():
-                    loss = F.cross_entropy(net(x), y)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-        optimizer.zero_grad()
-        net.requires_grad_(False).eval()
-
-    def _new_net_optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
-        config = self._config()
-        return torch.optim.SGD(
-            net.parameters(),
-            lr=config["net_learning_rate"],
-            momentum=config["net_momentum"],
-            weight_decay=config["net_weight_decay"],
-        )
+            with self._precision():
+                _ready(self._net_training).train_(
+                    extractors.net, _ready(self._pool), self._set(), self._objective().flip
+                )
 
     # Logging
 
@@ -500,56 +481,37 @@ class DatasetDistillation(pl.LightningModule):
         """Do nothing: :class:`.DistilledSetEvaluation` looks at the batches."""
 
     def _tell(self, loss: Tensor, calibration: Tensor | None, quantities: dict[str, Tensor]) -> None:
-        synthetic = self._set()
-        strategy, images = self.trainer.strategy, synthetic.images.detach()
+        synthetic, strategy = self._set(), self.trainer.strategy
         if not loss.isfinite():
             raise ValueError(
                 f"the distillation loss is not finite any more (iteration {self.global_step}); lower learning_rate"
             )
-        values = {"loss": loss}
+        values = {}
         if calibration is not None:
             values["calibration_loss"] = strategy.reduce(calibration, reduce_op="sum").mean()
-        shares = len(images) * (self.trainer.global_rank + 1) // self.trainer.world_size
-        shares -= len(images) * self.trainer.global_rank // self.trainer.world_size
+        classes, rank, world = synthetic.num_classes, self.trainer.global_rank, self.trainer.world_size
+        share = (classes * (rank + 1) // world - classes * rank // world) / classes
         for name, value in quantities.items():
-            values[name] = strategy.reduce(value * shares / len(images), reduce_op="sum")
-        pixels = synthetic.pixels(images)
-        values |= {
-            "gradient_norm_images": _ready(synthetic.images.grad).norm(),
-            "pixel_min": pixels.min(),
-            "pixel_max": pixels.max(),
-            "pixel_std": pixels.std(),
-            "pixel_clamped": ((pixels <= 0) | (pixels >= 1)).float().mean(),
-        }
+            values[name] = strategy.reduce(value * share, reduce_op="sum")
+        values |= image_quantities(synthetic)
         now, before = (time.monotonic(), self.global_step), self._clock
         self._clock = now
-        optimizer = self.optimizers()
-        optimizer = optimizer[0] if isinstance(optimizer, list) else optimizer
         plain = {
-            "lr": cast(Any, optimizer).param_groups[0]["lr"],
+            "lr": self._image_optimizer().param_groups[0]["lr"],
             "iterations_per_second": (now[1] - before[1]) / max(now[0] - before[0], 1e-9),
         }
         if self.device.type == "cuda":
             plain["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
-        self.log("distillation/loss", values.pop("loss"), prog_bar=True, batch_size=1)
+        self.log("distillation/loss", loss, prog_bar=True, batch_size=1)
         self.log_dict({f"distillation/{name}": value for name, value in {**values, **plain}.items()}, batch_size=1)
 
-    @torch.no_grad()
     def _show(self) -> None:
-        trainer, synthetic = self.trainer, self._set()
-        if not trainer.loggers or not trainer.is_global_zero:
-            return
-        images = synthetic.images.detach()
-        log_image(trainer, "distillation/images", image_grid(synthetic.pixels(images)))
-        if synthetic.rho > 1:
-            log_image(trainer, "distillation/images_decoded", image_grid(synthetic.pixels(synthetic.decode())))
-        if self._start is not None:
-            change = (synthetic.pixels(images) - synthetic.pixels(self._start.to(images))) / 2 + 0.5
-            log_image(trainer, "distillation/images_change", image_grid(change))
-        if self._class_losses is not None:
-            names = synthetic.class_names or tuple(map(str, range(len(images))))
-            figure = class_bars({"loss": self._class_losses.tolist()}, names, label="loss")
-            log_figure(trainer, "distillation/loss_per_class", figure)
+        if self.trainer.is_global_zero:
+            show_set(self.trainer, self._set(), start=self._start, class_losses=self._class_losses)
+
+    def _image_optimizer(self) -> Any:
+        optimizers = self.optimizers()
+        return optimizers[0] if isinstance(optimizers, list) else optimizers
 
     # Checkpoints and export
 
@@ -576,15 +538,13 @@ class DatasetDistillation(pl.LightningModule):
                 "pool": self._pool.state_dict(),
                 "objective": self._objective().state_dict(),
                 "extractors": self._nets().state_dict(),
-                "order": self._order.state_dict(),
+                "net_training": _ready(self._net_training).state_dict(),
+                "subset": self._subset.state_dict(),
             }
             if self._calibration is not None and self._calibration.augmentation is not None:
                 state["calibration"] = self._calibration.augmentation.state_dict()
-            if self._net_augmentation is not None:
-                state["net_augmentation"] = self._net_augmentation.state_dict()
             if self._config()["net_refresh"] > 1:
                 state["net"] = {name: value.clone() for name, value in self._nets().net.state_dict().items()}
-                state["net_optimizer"] = None if self._net_optimizer is None else self._net_optimizer.state_dict()
         checkpoint["distillation"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -616,17 +576,13 @@ class DatasetDistillation(pl.LightningModule):
         self._pool.load_state_dict(state["pool"])
         self._objective().load_state_dict(state["objective"])
         self._nets().load_state_dict(state["extractors"])
-        self._order.load_state_dict(state["order"])
+        self._subset.load_state_dict(state["subset"])
         if self._calibration is not None and self._calibration.augmentation is not None:
             self._calibration.augmentation.load_state_dict(state["calibration"])
-        if self._net_augmentation is not None and "net_augmentation" in state:
-            self._net_augmentation.load_state_dict(state["net_augmentation"])
-        if state.get("net") is not None:
-            net = self._nets().net
+        net = self._nets().net
+        if "net" in state:
             net.load_state_dict(state["net"])
-            if state["net_optimizer"] is not None:
-                self._net_optimizer = self._new_net_optimizer(net)
-                self._net_optimizer.load_state_dict(state["net_optimizer"])
+        _ready(self._net_training).load_state_dict(state["net_training"], net)
 
     def about(self) -> dict[str, Any]:
         """Return what the exported set says about itself: preset, settings, seed, data, version and results."""
@@ -668,54 +624,9 @@ class DatasetDistillation(pl.LightningModule):
         if self._pool is not None:
             return self._pool
         if self._other_pool is None:
-            self._other_pool = self._read_pool(trainer.strategy.root_device)
+            self._other_pool, about = read_pool(trainer, self.dataset, seed=self.seed)
+            self._data = about or self._data
         return self._other_pool
-
-    def _read_pool(self, device: torch.device) -> ClassPool:
-        data = getattr(self.trainer, "datamodule", None)
-        dataset: Any = self.dataset
-        facts: dict[str, Any] = {}
-        if dataset is None and data is not None:
-            if getattr(data, "train_set", None) is None and hasattr(data, "train_set"):
-                data.setup("fit")
-            dataset = getattr(data, "train_set", None)
-            if dataset is None:
-                dataset = getattr(data.train_dataloader(), "dataset", None)
-            facts = {name: getattr(data, name, None) for name in ("num_classes", "mean", "std", "class_names")}
-            self._data = {"name": type(data).__name__}
-            for name in ("image_size", "val_fraction", "seed"):
-                if isinstance(getattr(data, name, None), (int, float)):
-                    self._data[name] = getattr(data, name)
-        if dataset is None:
-            raise MisconfigurationException(
-                "DatasetDistillation needs real images and found none; pass a data module with a train_set to fit, or "
-                "dataset=... to the module"
-            )
-        if getattr(dataset, "augment", None) is not None:
-            dataset = copy.copy(dataset)
-            dataset.augment = None  # the images themselves, not one augmented view of each
-        return ClassPool.from_dataset(dataset, device=device, seed=self.seed, **facts)
-
-    def _take_over_training_loader(self) -> None:
-        """Let an epoch be a number of iterations, where the data module would deliver batches that nobody needs."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or self._give_back is not None:
-            return
-        original, before = data.train_dataloader, vars(data).get("train_dataloader")
-
-        def train_dataloader() -> Any:
-            # After a run that ended in an exception nothing has given the loader back; other modules get theirs.
-            mine = data.trainer is not None and data.trainer.lightning_module is self
-            return self.train_dataloader() if mine else original()
-
-        def give_back() -> None:
-            if before is None:
-                vars(data).pop("train_dataloader", None)
-            else:
-                data.train_dataloader = before
-
-        data.train_dataloader = train_dataloader
-        self._give_back = give_back
 
     def _resolve(self, pool: ClassPool) -> dict[str, Any]:
         channels, side, _ = pool.image_shape
@@ -747,68 +658,38 @@ class DatasetDistillation(pl.LightningModule):
         config["initialisation"] = self.start_from
         return loaded
 
-    def _augmentation(self, number: int) -> SiameseAugmentation:
-        config = self._config()
-        names: Any = tuple(name for name in config["augmentation"].split("_") if name)
-        return SiameseAugmentation(
-            names,
-            variant=config["augmentation_variant"],
-            scope=config["augmentation_scope"],
-            seed=self.seed + 1_000_003 * number,
-        )
-
     def _build_objective(self, pool: ClassPool) -> None:
         config = self._config()
         if self.objective is None:
-            augmentation = self._augmentation(0) if config["augmentation"] else None
-            flip = None if config["flip"] == "off" else FlipUnion(config["flip"])
-            if config["objective"] == "characteristic_function":
-                network = None
-                if config["sampling_network"]:
-                    size = classifier_layer(untrained_net(self.net_factory(), seed=0)).in_features
-                    with torch.random.fork_rng(devices=[]):
-                        torch.default_generator.manual_seed(self.seed)
-                        network = SamplingNetwork(size, rank=config["sampling_rank"] or None)
-                    self.sampling_network = network
-                frequencies = FrequencySampler(
-                    config["num_frequencies"], scale=config["frequency_scale"], network=network, seed=self.seed
-                )
-                self.objective = CharacteristicFunction(
-                    frequencies, alpha=config["alpha"], beta=config["beta"], augmentation=augmentation, flip=flip
-                )
-            elif config["objective"] == "distribution":
-                self.objective = DistributionMatching(augmentation=augmentation, flip=flip)
-            else:
-                self.objective = GradientMatching(config["distance"], augmentation=augmentation, flip=flip)
-        elif isinstance(self.objective, CharacteristicFunction) and self.objective.frequencies.network is not None:
+            self.objective = build_objective(config, self.net_factory(), seed=self.seed)
+        if isinstance(self.objective, CharacteristicFunction):
             self.sampling_network = self.objective.frequencies.network
+        if self.objective.needs_all_classes and (
+            self.trainer.world_size > 1 or config["class_stepping"] == "sequential"
+        ):
+            raise MisconfigurationException(
+                f"{type(self.objective).__name__} compares all classes at once; train in one process, and set "
+                "class_stepping to 'joint'"
+            )
+        self.objective.prepare(self.net_factory(), pool)
         flip = self.objective.flip
         if flip is not None and flip.mode == "auto" and flip.detectability is None:
             flip.fit((pool.class_images(label) for label in range(pool.num_classes)), seed=self.seed)
             kept = flip.flipped_classes(pool.num_classes)
             rank_zero_info(f"flip union in the classes {kept} of {pool.num_classes}")
         if config["calibration_weight"]:
-            self._calibration = CalibrationTerm(
-                config["calibration_weight"],
-                augmentation=self._augmentation(2) if config["augmentation"] else None,
-                flip=flip,
-            )
-        if config["net_training"] != "none" and config["augmentation"]:
-            self._net_augmentation = self._augmentation(3)
+            augmentation = build_augmentation(config, seed=self.seed, purpose=2)
+            self._calibration = CalibrationTerm(config["calibration_weight"], augmentation=augmentation, flip=flip)
+        self._net_training = NetTraining(config, seed=self.seed)
 
     def _check_memory(self, device: torch.device) -> None:
         """Choose how many classes are in memory at once, and say so if not even one fits."""
-        synthetic, config, net = self._set(), self._config(), self._nets().net
-        shape = tuple(synthetic.images.shape[2:])
-        per_image = _activation_bytes(net, shape, device)
-        # Gradients of gradients keep about three times what a training step keeps.
-        per_image *= 6 if config["objective"] == "gradient" else 2
-        decoded = synthetic.decoded_per_class * (1 if config["flip"] == "off" else 2)
-        per_class = decoded * per_image + 8 * decoded * config["num_frequencies"]
-        tile = min(images_per_tile(net, shape, device), config["batch_real"] * synthetic.num_classes)
-        fixed = tile * per_image + 4 * config["batch_real"] * config["num_frequencies"]
-        free = _free_bytes(device)
+        synthetic, config = self._set(), self._config()
+        fixed, per_class = step_bytes(config, self._nets().net, synthetic, device)
+        free = free_bytes(device)
         local = -(-synthetic.num_classes // self.trainer.world_size)
+        if self._objective().needs_all_classes:
+            self.classes_per_group = local
         if self.classes_per_group is None:
             fitting = local if free is None else int((free / 2 - fixed) // per_class)
             self.classes_per_group = max(1, min(local, fitting))
@@ -836,79 +717,7 @@ class DatasetDistillation(pl.LightningModule):
         return _ready(self.objective)
 
 
-class _SetExport(pl.Callback):
-    """Writes the set when a run is exported; the runner asks callbacks for that."""
-
-    _module: DatasetDistillation | None = None
-    _trainer: pl.Trainer | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._trainer = trainer
-        self._module = pl_module if isinstance(pl_module, DatasetDistillation) else None
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._module is not None and self._module.config is not None and trainer.loggers:
-            rows = [[name, str(value)] for name, value in self._module.config.items()]
-            log_table(trainer, "distillation/settings", ["setting", "value"], rows)
-
-    def export(self, directory: Path) -> list[Path]:
-        """Write the set into ``directory``; to Weights & Biases it goes as an artifact of type ``dataset``."""
-        module, trainer = self._module, self._trainer
-        if module is None or trainer is None or module.synthetic is None:
-            return []
-        paths = module.export_set(directory)
-        data = str(module.about()["data"].get("name", "data")).removesuffix("DataModule").lower()
-        name = f"distilled-{data}-{module.preset}-ipc{module.synthetic.images_per_class}"
-        metadata: Mapping[str, Any] = module.about() | {"images_per_class": module.synthetic.images_per_class}
-        log_artifact(trainer, directory, name=name, type="dataset", metadata=metadata)
-        return paths
-
-
 def _ready(value: T | None) -> T:
     if value is None:
         raise RuntimeError("there is no synthetic set yet; run trainer.fit, or load a checkpoint")
     return value
-
-
-def _reset(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        elif any(True for _ in module.parameters(recurse=False)):
-            raise MisconfigurationException(
-                f"fresh networks are needed, and {type(module).__name__} has parameters but no reset_parameters(); "
-                "give the model by name, or add that method"
-            )
-    return net.requires_grad_(True)
-
-
-def _activation_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:
-    """Bytes of all outputs of the layers for one image."""
-    total = 0
-
-    def see(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal total
-        if isinstance(output, Tensor):
-            total += output.numel() * output.element_size()
-
-    hooks = [layer.register_forward_hook(see) for layer in net.modules() if not list(layer.children())]
-    try:
-        with torch.no_grad():
-            net(torch.zeros(1, *shape, device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-    return 1024 * int(lines["MemAvailable"].split()[0]) if "MemAvailable" in lines else None

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["LogitsModule"]
 
 
@@ -29,6 +31,7 @@ class LogitsModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # the automatic one asks for an optimizer
 
+    @check_types
     def forward(self, logits: Tensor) -> Tensor:
         """Return the logits."""
         return logits

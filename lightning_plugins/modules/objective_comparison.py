@@ -93,6 +93,11 @@ class ObjectiveComparison(pl.LightningModule):
             raise ValueError("objectives must name at least one objective, such as {'plain': PGDAT()}")
         if any("." in name or "/" in name or not name for name in objectives):
             raise ValueError(f"names of objectives must have no dot and no slash, got {list(objectives)}")
+        for name, values in {"mean": mean, "std": std}.items():
+            if not all(isinstance(value, int | float) for value in values or ()):
+                raise TypeError(f"{name} must be a number for each channel, got {values!r}")
+        if not all(value > 0 for value in std or ()):
+            raise ValueError(f"std must be above 0, got {std!r}")
         self.attack = PGDAttack(eps=0.1, step_size=0.025, num_steps=7) if attack is None else attack
         self.test_attacks = (
             {"pgd20": PGDAttack(self.attack.eps, self.attack.norm, num_steps=20)}

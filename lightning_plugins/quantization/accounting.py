@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.convert import check_converted, quantized_layers
 from lightning_plugins.quantization.layers import FULL_PRECISION, _QuantLayer
 from lightning_plugins.quantization.packed import (
@@ -154,6 +155,7 @@ class Cost:
         return "\n\n".join([_align(rows), averages, _align(table)])
 
 
+@check_types
 def cost(model: nn.Module, bits: int | Mapping[str, int] | None = None, *, example_input: Any = None) -> Cost:
     """Count what a converted model costs at given bits.
 
@@ -171,7 +173,7 @@ def cost(model: nn.Module, bits: int | Mapping[str, int] | None = None, *, examp
             counted.
 
     Raises:
-        ValueError: if the model is not converted, or the bits do not fit it.
+        ValueError: if the model is not converted, the bits do not fit it, or the example is empty.
 
     Example:
         >>> from lightning_plugins.models import resnet20
@@ -217,6 +219,8 @@ def _activation_bits(layer: _QuantLayer, *, sums_quantized: bool) -> int:
 
 def _count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].numel():
+        raise ValueError("example_input must be a batch of one sample at least, or a tuple that starts with one")
     counts = {name: 0 for name, _ in _rows(model)}
     with _hooks(model, counts):
         model(*arguments)

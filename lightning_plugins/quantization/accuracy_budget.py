@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.bisection import BisectionResult, bisect_bits
 from lightning_plugins.quantization.convert import model_precisions, quantized_layers, switch_
 from lightning_plugins.quantization.layers import FULL_PRECISION
@@ -19,14 +20,17 @@ from lightning_plugins.quantization.sensitivity import SensitivityTable
 __all__ = ["plan_within_accuracy"]
 
 
+@check_types
 def plan_within_accuracy(
     model: nn.Module,
     table: SensitivityTable,
     batches: Iterable[Any],
     *,
     ratio: float,
+    bits: Sequence[int] | None = None,
     evaluation: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    confidence: float | None = None,
 ) -> BisectionResult:
     """Lower the bits of as many layers as leave a share of the full-precision accuracy.
 
@@ -39,9 +43,13 @@ def plan_within_accuracy(
         table: of any score, for exactly the model's quantized layers.
         batches: calibration data, ``(inputs, ...)``.
         ratio: share of the full-precision accuracy that must be left, in (0, 1], such as 0.99.
+        bits: the precisions to choose among, of those that the model has; default all below 32. With 32, layers stay in
+            full precision where even the highest of the others costs too much.
         evaluation: batches of inputs and classes to measure accuracy on; default ``batches``, which flatters. What is
             found holds for these samples: keep others to report.
         forward: takes the model and inputs, returns logits ``(N, C)``; default ``model(inputs)``.
+        confidence: in [0.5, 1): how sure a plan must be to leave that share, so that it also does on other samples; see
+            :func:`.bisect_bits`. None takes the accuracy as measured.
 
     Returns:
         The plan, its accuracy and standard error on the evaluation data, and all trials.
@@ -73,10 +81,17 @@ def plan_within_accuracy(
             "the table must be one of the model's quantized layers; missing: "
             f"{sorted(layers.keys() - table.layers.keys())}, not in the model: {sorted(table.layers.keys() - layers)}"
         )
-    bits = [b for b in model_precisions(model) if b != FULL_PRECISION]
-    if len(bits) < 2:
-        raise ValueError(f"there is nothing to choose among with {bits} bits alone; convert the model for more")
+    known = model_precisions(model)
+    chosen = [b for b in known if (b != FULL_PRECISION if bits is None else b in bits)]
+    if bits is not None and (unknown := sorted(set(bits) - set(known))):
+        raise ValueError(
+            f"bits must be among the model's precisions {known}, got {unknown}; convert the model for them"
+        )
+    if len(chosen) < 2:
+        raise ValueError(f"there is nothing to choose among with {chosen} bits alone; convert the model for more")
     calibration = list(batches)
+    if not all(isinstance(batch, Tensor | tuple | list) for batch in calibration):
+        raise TypeError("batches must be tensors, or tuples or lists that start with one")
     samples = calibration if evaluation is None else list(evaluation)
     run = forward or (lambda net, inputs: net(inputs))
 
@@ -93,5 +108,15 @@ def plan_within_accuracy(
 
     with borrowed(model, FULL_PRECISION):
         baseline = outcomes()
-        candidates = {name: [b for b in layer.bits if b != FULL_PRECISION] for name, layer in layers.items()}
-        return bisect_bits(table.order(), evaluate, bits=bits, ratio=ratio, baseline=baseline, candidates=candidates)
+        candidates = {
+            name: [b for b in layer.bits if b in chosen] or [min(layer.bits)] for name, layer in layers.items()
+        }
+        return bisect_bits(
+            table.order(),
+            evaluate,
+            bits=chosen,
+            ratio=ratio,
+            baseline=baseline,
+            candidates=candidates,
+            confidence=confidence,
+        )

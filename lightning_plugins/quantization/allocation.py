@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.files import write_atomically
 from lightning_plugins.quantization.packed import packed_bytes
 from lightning_plugins.quantization.plan import BitPlan
@@ -50,6 +50,7 @@ TOLERANCE = 1e-12
 MOST_PARTIAL_PLANS = 100_000
 
 
+@check_types
 def allocate_bits(
     table: SensitivityTable,
     *,
@@ -140,6 +141,7 @@ def allocate_bits(
     return _plan(table, dict(zip((item.names for item in items), chosen, strict=True)))
 
 
+@check_types
 def pareto_frontier(
     table: SensitivityTable,
     *,
@@ -267,6 +269,7 @@ class Frontier:
         return figure
 
 
+@check_types
 def predicted_loss(table: SensitivityTable, plan: Mapping[str, int]) -> float:
     """Return the sum of the losses that a table predicts for its layers at a plan's bits.
 
@@ -284,6 +287,7 @@ def predicted_loss(table: SensitivityTable, plan: Mapping[str, int]) -> float:
     return math.fsum(losses)
 
 
+@check_types
 def plan_cost(
     table: SensitivityTable,
     plan: Mapping[str, int],
@@ -303,6 +307,7 @@ def plan_cost(
     return math.fsum(costs.of(name, _bits_of(plan, name)) for name in table.layers) / costs.scale
 
 
+@check_types
 def diverse_plans(
     table: SensitivityTable,
     *,
@@ -353,6 +358,7 @@ def diverse_plans(
     return plans
 
 
+@check_types
 def save_latency(path: str | os.PathLike[str], latency: Latency) -> Path:
     """Write milliseconds by layer and bits as JSON."""
     return write_atomically(
@@ -360,6 +366,7 @@ def save_latency(path: str | os.PathLike[str], latency: Latency) -> Path:
     )
 
 
+@check_types
 def load_latency(path: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
     """Read what :func:`save_latency` writes: ``{"layer": {"8": milliseconds, ...}, ...}``.
 
@@ -905,11 +912,10 @@ def _improve(choices: _Choices, first: _First, price: float, limit: float) -> li
         nodes = trail.add(number, parents[survivors], picked[survivors])
         entries = _Entries(costs[alive][survivors], losses[alive][survivors], nodes)
     if proven < _below(best):
-        warnings.warn(
+        warn_caller(
             f"the plan's loss is proven to be within {best - proven:.2g} of the least one, and not to be the least: "
             f"more than {MOST_PARTIAL_PLANS:,} partial plans were as promising, as happens where all layers save the "
-            "same per unit of cost",
-            stacklevel=4,
+            "same per unit of cost"
         )
     if end is None:
         return first.choices

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.layers import FULL_PRECISION
 
 __all__ = ["AdaptiveLearningRateScaling", "ScalingRule"]
@@ -52,10 +53,13 @@ class AdaptiveLearningRateScaling:
         equation 6 is negative in nearly every step, and the released code has no gradient term; hence the variants.
     """
 
+    @check_types
     def __init__(self, rule: ScalingRule = "eta", *, bits: Sequence[int]) -> None:
         if rule not in get_args(ScalingRule):
             raise ValueError(f"the scaling rule must be one of {', '.join(get_args(ScalingRule))}, got {rule!r}")
         self.rule = rule
+        if not bits or not all(1 <= b <= FULL_PRECISION for b in bits):
+            raise ValueError(f"bits must hold at least one precision of up to 32, such as (8, 4), got {tuple(bits)!r}")
         # At full precision there are no scales.
         self.bits = tuple(sorted((b for b in bits if b != FULL_PRECISION), reverse=True))
 
@@ -69,8 +73,11 @@ class AdaptiveLearningRateScaling:
         """Whether BN parameters and biases move at the scales' learning rate too, as in the released code."""
         return self.rule == "released"
 
+    @check_types
     def factor(self, bits: int) -> float:
         """Return the part of the rule that does not depend on gradients: what multiplies lr."""
+        if not 1 <= bits <= FULL_PRECISION:
+            raise ValueError(f"bits must be a precision of up to 32, got {bits!r}")
         if self.rule in ("none", "frozen"):
             return float(self.rule == "none")
         if self.rule == "released":
@@ -78,6 +85,7 @@ class AdaptiveLearningRateScaling:
         halves, odd = divmod(self.bits[0] - bits, 2)
         return float(5 * 10.0 ** -(halves + 1) if odd else 10.0**-halves)
 
+    @check_types
     def learning_rate(self, lr: float, bits: int, gradients: Iterable[Tensor] = ()) -> float:
         """Return the learning rate of the scales at a precision.
 

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 from lightning_plugins.quantization.convert import (
     Model,
@@ -80,6 +81,7 @@ VERSION = 1
 # Functions
 
 
+@check_types
 def periodic_binary(weight: Tensor, frequency: float, *, stage: Stage = 2) -> Tensor:
     r"""Binarize a weight by a square wave, with the gradient of the sine of the same period.
 
@@ -111,6 +113,7 @@ def periodic_binary(weight: Tensor, frequency: float, *, stage: Stage = 2) -> Te
     return wave.to(weight.dtype)
 
 
+@check_types
 def sign_ste(weight: Tensor) -> Tensor:
     """Return the sign of a weight, +1 for 0, with the straight-through gradient: G where ``|weight| <= 1``, else 0.
 
@@ -127,6 +130,7 @@ def sign_ste(weight: Tensor) -> Tensor:
     return _sign(weight.detach()) + (inside - inside.detach())
 
 
+@check_types
 def binary_activation(inputs: Tensor) -> Tensor:
     """Return the sign of activations, +1 for 0, with the gradient ``G max(0, 2 - 2 |inputs|)``.
 
@@ -149,6 +153,7 @@ def binary_activation(inputs: Tensor) -> Tensor:
     return output
 
 
+@check_types
 def normalize_samples(inputs: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Divide each sample by its standard deviation, without centring: ``a / sqrt(Var(a) + eps)``.
 
@@ -156,18 +161,24 @@ def normalize_samples(inputs: Tensor, *, eps: float = 1e-5) -> Tensor:
 
     Args:
         inputs: ``(N, ...)``.
-        eps: added to the variance.
+        eps: added to the variance, at least 0; with 0 a constant sample gives NaN.
+
+    Raises:
+        ValueError: for a negative ``eps``.
 
     Example:
         >>> normalize_samples(torch.tensor([[3.0, -3.0], [0.0, 0.0]]))
         tensor([[ 1.0000, -1.0000],
                 [ 0.0000,  0.0000]])
     """
-    values = _in_float(inputs)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 0 and finite, got {eps!r}")
+    values = inputs if inputs.dtype == torch.float64 else inputs.float()
     variance = values.var(tuple(range(1, values.ndim)), correction=0, keepdim=True)
     return values / torch.sqrt(variance + eps)
 
 
+@check_types
 def periodic_regularizer(weight: Tensor, frequency: float, *, sign: Literal[1, -1] = 1) -> Tensor:
     r"""Return :math:`\pm\,\mathrm{mean}(\tfrac12 - \tfrac12\cos 2\omega W) = \pm\,\mathrm{mean}\sin^2(\omega W)`.
 
@@ -193,6 +204,7 @@ def periodic_regularizer(weight: Tensor, frequency: float, *, sign: Literal[1, -
     return sign * (0.5 - 0.5 * torch.cos(phase)).mean()
 
 
+@check_types
 def quantization_error(weight: Tensor, frequency: float) -> Tensor:
     r"""Return how far the sine is from the square wave: :math:`1 - \mathrm{mean}|\sin(\omega W)|`, in [0, 1].
 
@@ -358,6 +370,7 @@ _BINARY: dict[type[nn.Module], type[_BinaryLayer]] = {
 # Conversion
 
 
+@check_types
 def convert_binary_(
     model: Model,
     *,
@@ -441,6 +454,7 @@ def convert_binary_(
     return model
 
 
+@check_types
 def restore_binary_(model: Model) -> Model:
     """Undo :func:`convert_binary_`, in place: plain layers with the real weights as trained, without ``alpha``."""
     for module in list(model.modules()):
@@ -458,11 +472,13 @@ def restore_binary_(model: Model) -> Model:
     return model
 
 
+@check_types
 def binary_layers(model: nn.Module) -> dict[str, _BinaryLayer]:
     """Return the binary layers of a model by name, in the order of their registration."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _BinaryLayer)}
 
 
+@check_types
 def set_stage_(model: Model, stage: Stage) -> Model:
     """Let all binary layers of a model use real weights (stage 1) or binary ones (stage 2), in place.
 
@@ -475,6 +491,7 @@ def set_stage_(model: Model, stage: Stage) -> Model:
     return model
 
 
+@check_types
 def set_frequency_(model: Model, frequency: float) -> Model:
     """Let all binary layers of a model use another frequency, in place; this changes which weights are +1.
 
@@ -487,6 +504,7 @@ def set_frequency_(model: Model, frequency: float) -> Model:
     return model
 
 
+@check_types
 def load_binary_checkpoint(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
     """Convert a plain model as a checkpoint says, and load the checkpoint, which brings frequency and stage, into it.
 
@@ -648,6 +666,7 @@ _DEPLOYED: dict[type[nn.Module], type[_DeployLayer]] = {
 }
 
 
+@check_types
 def to_deploy_binary(model: Model) -> Model:
     """Return an independent copy of a binary model for inference and export.
 
@@ -733,6 +752,7 @@ def export_binary_onnx(
     return write_atomically(path, content)
 
 
+@check_types
 def save_binary(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a binary model with one bit for each binary weight: a file that :func:`load_binary` reads.
 
@@ -779,6 +799,7 @@ def save_binary(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return write_atomically(path, safetensors.torch.save(tensors, {FORMAT: json.dumps(about, separators=(",", ":"))}))
 
 
+@check_types
 def load_binary(path: str | os.PathLike[str], module: Model) -> Model:
     """Turn a fresh module into the model that :func:`save_binary` wrote, in place.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from torch import Tensor
 
+from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.quantization.plan import BitPlan
 
 __all__ = ["BisectionResult", "Evaluation", "bisect_bits"]
@@ -24,7 +25,7 @@ class Evaluation:
         plan: all bits.
         metric: what was measured; the mean where outcomes of samples were given.
         standard_error: of the difference to the baseline on the same samples; None without outcomes of both.
-        feasible: whether the metric reaches the target.
+        feasible: whether the metric reaches the target, with the confidence that was asked for.
     """
 
     bits: int | None
@@ -56,6 +57,7 @@ class BisectionResult:
     baseline: float
 
 
+@check_types
 def bisect_bits(
     order: Sequence[str],
     evaluate: Callable[[BitPlan], float | Tensor],
@@ -67,6 +69,7 @@ def bisect_bits(
     start: Mapping[str, int] | None = None,
     candidates: Mapping[str, Sequence[int]] | None = None,
     num_samples: int | None = None,
+    confidence: float | None = None,
 ) -> BisectionResult:
     """Lower as many layers as a metric allows, the least important first, with few evaluations.
 
@@ -77,7 +80,8 @@ def bisect_bits(
     less is not: it could only be worse than the one at hand.) The returned plan was evaluated and reaches the target.
 
     A plan is feasible if its metric, or the mean of its outcomes, is at least the target; a metric that is not a number
-    never is. Standard errors are reported and do not enter this rule.
+    never is. The plan that is just feasible on these samples misses the target on others about every second time. With
+    ``confidence`` it must lie above the target by as many standard errors as that one-sided confidence takes.
 
     Args:
         order: layer names, the least important first: :meth:`.SensitivityTable.order`.
@@ -94,10 +98,13 @@ def bisect_bits(
         candidates: the bits that layers can take, for those that cannot take all of ``bits``: a step passes over a
             layer that cannot take its precision.
         num_samples: behind a metric that is a fraction, to judge its noise where outcomes are not given.
+        confidence: in [0.5, 1), such as 0.95: how sure a plan must be to reach the target, by the normal distribution
+            of the difference to the baseline. Needs outcomes. None asks for no more than the metric itself.
 
     Warns:
         UserWarning: if the drop from the baseline to the target is below one standard error: that of the difference to
-            the baseline for the plan nearest to the target, or else that of a fraction among ``num_samples``.
+            the baseline for the plan nearest to the target, or else that of a fraction among ``num_samples``. Not with
+            ``confidence``, which knows the noise.
 
     Raises:
         ValueError: if the starting plan misses the target, or for arguments that are wrong.
@@ -118,17 +125,20 @@ def bisect_bits(
         Quantization*, 2023 (arXiv 2306.04879), of which only the idea of a bisection over an order is taken.
     """
     _check(order, bits, target, ratio, start, candidates, num_samples)
+    if confidence is not None and not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must lie in [0.5, 1), got {confidence!r}; 0.95 is a common one")
     able = {name: set(bits if candidates is None else candidates.get(name, bits)) for name in order}
     if start is None:
         start = {name: max(able[name] & set(bits), default=max(able[name])) for name in order}
-    search = _Search(evaluate, target, ratio, baseline, BitPlan(start))
+    search = _Search(evaluate, target, ratio, baseline, BitPlan(start), confidence)
     best, active = search.history[0], list(order)
     for low in bits[1:]:
         movable = [name for name in active if low in able[name] and best.plan[name] > low]
         best, count = search.step(best, movable, low)
         if count < len(movable):
             active = active[: active.index(movable[count - 1]) + 1] if count else []
-    search.judge_noise(num_samples)
+    if confidence is None:
+        search.judge_noise(num_samples)
     history = tuple(search.history)
     return BisectionResult(best.plan, best.metric, len(history), history, search.target, search.baseline)
 
@@ -143,8 +153,10 @@ class _Search:
         ratio: float | None,
         baseline: float | Tensor | None,
         start: BitPlan,
+        confidence: float | None,
     ) -> None:
         self.evaluate = evaluate
+        self.errors_above = None if confidence is None else NormalDist().inv_cdf(confidence)
         measured = evaluate(start)
         reference = measured if baseline is None else baseline
         self.outcomes = _outcomes(reference)
@@ -157,8 +169,9 @@ class _Search:
         self.history: list[Evaluation] = []
         first = self.record(measured, start, None, 0)
         if not first.feasible:
+            short = "below" if self.errors_above is None else f"not {self.errors_above:.3g} standard errors above"
             raise ValueError(
-                f"the starting plan reaches {first.metric:.6g}, below the target of {self.target:.6g}; lower the "
+                f"the starting plan reaches {first.metric:.6g}, {short} the target of {self.target:.6g}; lower the "
                 "target, or start from more bits"
             )
 
@@ -172,9 +185,17 @@ class _Search:
                     "the same samples"
                 )
             error = _standard_error(outcomes - self.outcomes)
+        least = self.target
+        if self.errors_above is not None:
+            if error is None:
+                raise ValueError(
+                    "confidence= needs the outcomes (N,) of the samples from evaluate, and those of the baseline; "
+                    "return them in place of a number"
+                )
+            least += self.errors_above * error
         metric = _metric(measured)
         # Written so that NaN is infeasible.
-        self.history.append(Evaluation(bits, num_lowered, plan, metric, error, metric >= self.target))
+        self.history.append(Evaluation(bits, num_lowered, plan, metric, error, metric >= least))
         return self.history[-1]
 
     def step(self, best: Evaluation, movable: list[str], low: int) -> tuple[Evaluation, int]:
@@ -208,10 +229,9 @@ class _Search:
         elif num_samples is not None and 0 <= self.baseline <= 1:
             error = math.sqrt(self.baseline * (1 - self.baseline) / num_samples)
         if error is not None and drop < error:
-            warnings.warn(
+            warn_caller(
                 f"the target lies {drop:.3g} below the baseline of {self.baseline:.6g}, less than one standard error "
-                f"({error:.3g}): noise decides which plan is feasible; take more samples or a lower target",
-                stacklevel=3,
+                f"({error:.3g}): noise decides which plan is feasible; take more samples or a lower target"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.graph import (
     ResidualSums,
     _adds,
@@ -65,6 +67,7 @@ SPEC_KEY = (
 )
 
 
+@check_types
 def convert_(
     model: Model,
     bits: Sequence[int] = (8, 6, 4, 2),
@@ -181,6 +184,7 @@ def convert_(
     return model
 
 
+@check_types
 def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
     """Let a converted model compute at other bits from now on, in place.
 
@@ -234,6 +238,7 @@ def switch_(model: Model, bits: int | Mapping[str, int]) -> Model:
     return model
 
 
+@check_types
 def restore_(model: Model) -> Model:
     """Undo :func:`convert_`, in place: the fp32 weights as trained, batch normalisations of the highest precision."""
     for name, module in list(model.named_modules()):
@@ -258,6 +263,7 @@ def _uniform(layers: Mapping[str, _QuantLayer], bits: int) -> dict[str, int]:
     return {name: min(b for b in layer.bits if b >= bits) for name, layer in layers.items()}
 
 
+@check_types
 def load_converted(model: Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
     """Convert a plain model as a checkpoint says, and load the checkpoint into it.
 
@@ -301,7 +307,11 @@ def load_described(
     if isinstance(checkpoint, Mapping):
         loaded = checkpoint
     else:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, IndexError, KeyError, EOFError) as error:
+            # torch's sentence would propose to run what is in the file
+            raise ValueError(f"{os.fspath(checkpoint)!r} is no checkpoint of tensors and plain data") from error
     state: dict[str, Any] = dict(loaded.get("state_dict", loaded))
     prefixes = [name.removesuffix(key) for name in state if name.endswith(key)]
     if not prefixes:
@@ -317,11 +327,13 @@ def load_described(
     return model
 
 
+@check_types
 def quantized_layers(model: nn.Module) -> dict[str, _QuantLayer]:
     """Return the quantized layers of a model by name, in the order of their registration."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _QuantLayer)}
 
 
+@check_types
 def active_plan(model: nn.Module) -> BitPlan:
     """Return the bits at which each quantized layer of a model computes now."""
     return BitPlan({name: layer.num_bits for name, layer in quantized_layers(model).items()})
@@ -373,6 +385,7 @@ def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
     return idle
 
 
+@check_types
 @torch.no_grad()
 def clamp_scales_(model: nn.Module) -> None:
     """Keep every scale positive; call it after each optimizer step."""

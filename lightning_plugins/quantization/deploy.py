@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.convert import (
     _add_spec,
     _class_with_parametrizations,
@@ -41,6 +42,7 @@ __all__ = ["DeployConv", "DeployLinear", "DeployQuantizer", "to_deploy"]
 _FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+@check_types
 def to_deploy(model: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
     """Return an independent copy of a converted model that computes at fixed bits, for inference and export.
 

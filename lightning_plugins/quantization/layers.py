@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.quantizers import (
     SMALLEST_SCALE,
     ScaleGrad,
@@ -69,6 +70,7 @@ class InputQuantizer(nn.Module):
     ready: Tensor
     signed: Tensor
 
+    @check_types
     def __init__(self, bits: Sequence[int], *, init: InputInit = "percentile") -> None:
         super().__init__()
         if init not in ("percentile", "lsq"):
@@ -122,6 +124,7 @@ class InputQuantizer(nn.Module):
             self._read_buffers()
         return parameter, signed
 
+    @check_types
     def forward(self, inputs: Tensor, bits: int) -> Tensor:
         """Return the inputs, fake-quantized."""
         scale, signed = self.scale_and_sign(inputs, bits)
@@ -372,10 +375,13 @@ class MultiPrecisionBatchNorm(nn.Module):
         transitional form.
     """
 
+    @check_types
     def __init__(
         self, norm: nn.Module, bits: Sequence[int], *, follows: str | None = None, previous: str | None = None
     ) -> None:
         super().__init__()
+        if not bits:
+            raise ValueError("bits must hold at least one precision, such as (8, 4)")
         self.follows, self.previous = follows, previous
         self.bits = tuple(sorted(bits, reverse=True))
         self.num_bits = self.previous_bits = self.bits[0]
@@ -424,6 +430,7 @@ class ResidualQuantizer(InputQuantizer):
 
     BITS = 8
 
+    @check_types
     def __init__(self, *, init: InputInit = "percentile", to_output: bool = False) -> None:
         super().__init__((self.BITS,), init=init)
         self.to_output = to_output

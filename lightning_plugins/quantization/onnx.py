@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.checks import warn_caller
 from lightning_plugins.files import write_atomically
 from lightning_plugins.quantization.deploy import _DeployLayer, to_deploy
 
@@ -128,10 +129,9 @@ def _onnx_bytes(model: nn.Module, inputs: tuple[Tensor, ...], plan: Mapping[str,
 
 def _verify(content: bytes, inputs: tuple[Tensor, ...], expected: Any) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
-        warnings.warn(
+        warn_caller(
             "the ONNX file was not verified, because onnxruntime is missing: pip install 'lightning-plugins[onnx]', or "
-            "pass verify=False",
-            stacklevel=3,
+            "pass verify=False"
         )
         return
     import onnxruntime

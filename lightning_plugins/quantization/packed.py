@@ -27,7 +27,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
+from lightning_plugins.modes import evaluation_mode
 from lightning_plugins.quantization.convert import (
     Model,
     apply_spec_,
@@ -133,6 +135,7 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
+@check_types
 def save_packed(model: nn.Module, path: str | os.PathLike[str], *, plan: int | Mapping[str, int] | None = None) -> Path:
     """Write a converted model as codes: one file that :func:`load_packed` reads and :func:`.switch_` switches.
 
@@ -189,6 +192,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, plan: int | M
     return write_atomically(path, encode(tensors, spec, shapes, _checksum(tensors, spec, shapes)))
 
 
+@check_types
 def load_packed(path: str | os.PathLike[str], module: Model) -> Model:
     """Turn a fresh module into the model that :func:`save_packed` wrote, in place.
 
@@ -241,7 +245,6 @@ def load_packed(path: str | os.PathLike[str], module: Model) -> Model:
 @contextmanager
 def borrowed(model: nn.Module, bits: int | Mapping[str, int] | None = None) -> Iterator[None]:
     """Have a converted model in evaluation mode, without gradients, at other bits; give it back as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     kinds = (_QuantLayer, MultiPrecisionBatchNorm, ResidualQuantizer)
     active = [
         (module, name, getattr(module, name))
@@ -251,14 +254,11 @@ def borrowed(model: nn.Module, bits: int | Mapping[str, int] | None = None) -> I
         if hasattr(module, name)
     ]
     try:
-        model.eval()
-        if bits is not None:
-            switch_(model, bits)
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
+            if bits is not None:
+                switch_(model, bits)
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for module, name, value in active:
             setattr(module, name, value)
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class BitPlan(Mapping[str, int]):
         {'stages.0.conv2': (4, 2)}
     """
 
+    @check_types
     def __init__(self, bits: Mapping[str, int]) -> None:
         for name, value in bits.items():
             if isinstance(value, bool) or not isinstance(value, int) or not (2 <= value <= 8 or value == 32):
@@ -59,6 +61,7 @@ class BitPlan(Mapping[str, int]):
         lines = [f"{'layer':<{width}}  bits", *(f"{name:<{width}}  {bits:>4}" for name, bits in self.items())]
         return "\n".join(lines)
 
+    @check_types
     def edit(self, bits: Mapping[str, int]) -> BitPlan:
         """Return a plan in which the layers that match a name or pattern have other bits; later patterns win.
 
@@ -73,6 +76,7 @@ class BitPlan(Mapping[str, int]):
             edited |= dict.fromkeys(names, value)
         return BitPlan(edited)
 
+    @check_types
     def diff(self, other: Mapping[str, int]) -> dict[str, tuple[int | None, int | None]]:
         """Return the layers on which two plans differ, with both values; None where a plan lacks the layer."""
         names = dict.fromkeys([*self, *other])
@@ -98,7 +102,10 @@ class BitPlan(Mapping[str, int]):
             raise ValueError(
                 f"{os.fspath(path)!r} holds a {type(content).__name__}; a plan is a JSON object of layer names and bits"
             )
-        return cls(content)
+        try:
+            return cls(content)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is no plan: {error}") from error
 
     def figure(self) -> Figure:
         """Draw the plan: a bar for each layer, in the order of the plan."""

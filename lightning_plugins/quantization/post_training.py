@@ -11,7 +11,6 @@ padding, is exact.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,8 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrize import is_parametrized
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lightning_plugins.checks import check_types, warn_caller
+from lightning_plugins.modes import evaluation_mode
 from lightning_plugins.quantization.accounting import cost
 from lightning_plugins.quantization.convert import (
     Model,
@@ -84,6 +85,7 @@ _SAMPLED = 2**15  # values of each batch that an input's scale is searched on
 _CHECKS = 20  # times that the held-out error is measured during a fit
 
 
+@check_types
 @dataclass(frozen=True)
 class LearningRates:
     """Adam's learning rates in AdaQuant, each relative to what it moves, so that they fit any layer and precision.
@@ -178,6 +180,7 @@ class PostTrainingReport:
         return figure
 
 
+@check_types
 def post_training_quantize(
     model: nn.Module,
     batches: Iterable[Any],
@@ -339,6 +342,7 @@ def post_training_quantize(
     )
 
 
+@check_types
 def calibrate_scales_(model: Model, batches: Iterable[Any], plan: Bits, *, forward: Forward | None = None) -> Model:
     """Set the scales of a converted model for a plan from its weights and some data, without training, in place.
 
@@ -420,6 +424,7 @@ def calibrate_scales_(model: Model, batches: Iterable[Any], plan: Bits, *, forwa
     return model
 
 
+@check_types
 def adaquant_(
     model: nn.Module,
     batches: Iterable[Any],
@@ -530,20 +535,19 @@ def adaquant_(
         )
         del x, y
     if short:
-        warnings.warn(
+        warn_caller(
             f"AdaQuant may overfit {len(short)} of {len(names)} layers, which have fewer samples than twice the "
-            "weights of an output channel; give more calibration data, or use pipeline='light'",
-            stacklevel=2,
+            "weights of an output channel; give more calibration data, or use pipeline='light'"
         )
     if trimmed:
-        warnings.warn(
+        warn_caller(
             f"the activations of {len(trimmed)} layers ({trimmed[0]!r} first) did not fit into memory_limit="
-            f"{memory_limit} bytes, and AdaQuant saw only a part of the samples there; raise memory_limit",
-            stacklevel=2,
+            f"{memory_limit} bytes, and AdaQuant saw only a part of the samples there; raise memory_limit"
         )
     return errors
 
 
+@check_types
 def reestimate_batch_norms_(model: Model, batches: Iterable[Any], *, forward: Forward | None = None) -> Model:
     """Measure the statistics of the batch normalisations in use anew, at the bits in use, in place.
 
@@ -574,15 +578,13 @@ def reestimate_batch_norms_(model: Model, batches: Iterable[Any], *, forward: Fo
     known, run = _as_list(batches), forward or _call
     norms = _norms_in_use(model)
     before = [(norm, norm.momentum, deepcopy(norm.state_dict())) for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
     done = False
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
             for inputs, _ in _on_device(model, known):
                 run(model, inputs)
         unused = [norm for norm in norms if norm.num_batches_tracked == 0]
@@ -597,11 +599,10 @@ def reestimate_batch_norms_(model: Model, batches: Iterable[Any], *, forward: Fo
             norm.momentum = momentum
             if not done:
                 norm.load_state_dict(state)
-        for module, training in modes:
-            module.training = training
     return model
 
 
+@check_types
 def tune_biases_(
     model: nn.Module,
     batches: Iterable[Any],
@@ -657,12 +658,19 @@ def tune_biases_(
             f"{tuple(reference_logits.shape)}"
         )
     train, held = _split(len(inputs))
+    if not reference_logits.isfinite().all():
+        raise ValueError("reference_logits must be finite, found NaN or infinity; look at the network they come from")
     targets = reference_logits.detach().to(inputs.device).float().log_softmax(1)
     rate = 0.1 / reference_logits.shape[1] if learning_rate is None else learning_rate
     parameters = _biases_and_last_weight(model)
 
     def divergence(rows: Tensor | slice) -> Tensor:
         logits = run(model, inputs[rows]).float().log_softmax(1)
+        if logits.shape[1:] != targets.shape[1:]:
+            raise ValueError(
+                f"reference_logits must have the {tuple(logits.shape[1:])} classes of the model, got "
+                f"{tuple(targets.shape[1:])}"
+            )
         return F.kl_div(logits, targets[rows], log_target=True, reduction="batchmean")
 
     @torch.no_grad()
@@ -925,11 +933,13 @@ def _call(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for batch in batches:
         inputs, targets = (
             (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
         )
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"a batch must be a tensor or start with one, found a {type(inputs).__name__}")
         yield inputs.to(device), targets.to(device) if isinstance(targets, Tensor) else None
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lightning_plugins.checks import check_types
+
 __all__ = [
     "code_range",
     "conv_on_quantized",
@@ -57,6 +59,7 @@ def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+@check_types
 def quantize_codes(weight: Tensor, scale: Tensor, *, bits: int, high_bits: int = 8) -> Tensor:
     """Return the integer codes of a weight by Double Rounding: first to ``high_bits``, from there to ``bits``.
 
@@ -90,6 +93,7 @@ def quantize_codes(weight: Tensor, scale: Tensor, *, bits: int, high_bits: int =
     return codes.to(torch.int8)
 
 
+@check_types
 def switch_codes(codes: Tensor, *, high_bits: int, bits: int) -> Tensor:
     """Return the ``bits`` codes that ``high_bits`` codes stand for, in integer arithmetic alone.
 
@@ -106,7 +110,7 @@ def switch_codes(codes: Tensor, *, high_bits: int, bits: int) -> Tensor:
 
     Raises:
         ValueError: for bits out of range.
-        TypeError: for codes that are no integers.
+        TypeError: for codes that are no signed integers.
 
     Example:
         >>> switch_codes(torch.tensor([-128, -24, 8, 24, 40, 127], dtype=torch.int8), high_bits=8, bits=4)
@@ -116,8 +120,8 @@ def switch_codes(codes: Tensor, *, high_bits: int, bits: int) -> Tensor:
         Huang et al., *Nearly Lossless Adaptive Bit Switching*, 2025, equation 2.
     """
     _check_bits(bits, high_bits)
-    if codes.is_floating_point():
-        raise TypeError(f"codes must be integers, got {codes.dtype}; quantize_codes makes them from weights")
+    if codes.is_floating_point() or codes.dtype in (torch.uint8, torch.bool):
+        raise TypeError(f"codes must be signed integers, got {codes.dtype}; quantize_codes makes them from weights")
     shift = high_bits - bits
     if shift == 0:
         return codes.to(torch.int8)
@@ -128,6 +132,7 @@ def switch_codes(codes: Tensor, *, high_bits: int, bits: int) -> Tensor:
     return switched
 
 
+@check_types
 def double_rounding(
     weight: Tensor, scale: Tensor, *, bits: int, high_bits: int = 8, scale_grad: ScaleGrad = "effective"
 ) -> Tensor:
@@ -166,9 +171,11 @@ def double_rounding(
     _check_bits(bits, high_bits)
     if scale_grad not in ("effective", "exact"):
         raise ValueError(f"scale_grad must be 'effective' or 'exact', got {scale_grad!r}")
+    _need_floats("weight", weight)
     return _quantize(weight, scale, bits, high_bits, signed=True, exact=scale_grad == "exact")
 
 
+@check_types
 def fake_quantize(inputs: Tensor, scale: Tensor, *, bits: int, signed: bool = True) -> Tensor:
     """Round to the multiples of ``scale`` that ``bits`` can hold; differentiable by LSQ's straight-through rule.
 
@@ -185,7 +192,7 @@ def fake_quantize(inputs: Tensor, scale: Tensor, *, bits: int, signed: bool = Tr
         The quantized values, shape and dtype of ``inputs``.
 
     Raises:
-        ValueError: for bits out of range or a scale of another shape.
+        ValueError: for bits out of range, a scale of another shape, or inputs that are not floating-point.
 
     Example:
         >>> fake_quantize(torch.tensor([0.24, 0.26, 9.0]), torch.tensor(0.1), bits=2, signed=False)
@@ -195,6 +202,7 @@ def fake_quantize(inputs: Tensor, scale: Tensor, *, bits: int, signed: bool = Tr
         Esser et al., *Learned Step Size Quantization*, 2020.
     """
     code_range(bits, signed=signed)
+    _need_floats("inputs", inputs)
     return _quantize(inputs, scale, bits, bits, signed=signed, exact=False)
 
 
@@ -299,6 +307,11 @@ def smallest_scale(dtype: torch.dtype) -> float:
 def _check_bits(bits: int, high_bits: int) -> None:
     if not 2 <= bits <= high_bits <= 8:
         raise ValueError(f"need 2 <= bits <= high_bits <= 8, got bits={bits!r}, high_bits={high_bits!r}")
+
+
+def _need_floats(name: str, values: Tensor) -> None:
+    if isinstance(values, Tensor) and not values.is_floating_point():  # a graph is traced without looking
+        raise ValueError(f"{name} must be floating-point, got {values.dtype}; use {name}.float()")
 
 
 def _in_float(values: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -16,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 from lightning_plugins import hessian
 from lightning_plugins.batches import BatchFn, inputs_and_targets
+from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.quantization.accounting import cost
 from lightning_plugins.quantization.convert import (
     check_converted,
@@ -50,6 +50,7 @@ _DATA_FREE = ("zd", "random")
 _SMALLEST_INCREASE = 1e-6
 
 
+@check_types
 def score_layers(
     model: nn.Module,
     method: Method,
@@ -212,6 +213,7 @@ def score_layers(
     return SensitivityTable(method, layers, details)
 
 
+@check_types
 def inverted(table: SensitivityTable) -> SensitivityTable:
     """Return a control that is wrong on purpose: the most sensitive layer has the scores of the least, and so on.
 
@@ -238,6 +240,7 @@ def inverted(table: SensitivityTable) -> SensitivityTable:
     return SensitivityTable(f"inverted {table.method}", layers, {"of": dict(table.details)})
 
 
+@check_types
 def evaluate_plan(
     model: nn.Module,
     plan: int | Mapping[str, int],
@@ -466,11 +469,10 @@ def _clamped(estimates: Mapping[str, hessian.Estimate], quantity: str) -> dict[s
     negative = {name: value for name, value in values.items() if value < 0}
     if negative:
         worst = min(negative, key=lambda name: negative[name])
-        warnings.warn(
+        warn_caller(
             f"the {quantity} of the Hessian is negative, by noise or at a saddle, for {len(negative)} of {len(values)} "
             f"layers (the lowest is {negative[worst]:.3g} for {worst!r}) and is taken as 0; more samples, more probes "
-            "or a network trained longer help",
-            stacklevel=4,
+            "or a network trained longer help"
         )
     return {name: max(value, 0.0) for name, value in values.items()}
 
@@ -532,10 +534,9 @@ def _lim(net: _Net, patterns: Sequence[str] | None, *, centered: bool) -> _Score
     importance = {name: found[block][0] if block in found else math.inf for name, block in blocks.items()}
     pinned = [name for name, value in importance.items() if value == math.inf]
     if 2 * len(pinned) > len(importance):
-        warnings.warn(
+        warn_caller(
             f"LIM compares a block's input with its output, and for {len(pinned)} of {len(importance)} layers the two "
-            "have different shapes; these are put last in the order, so another score tells more of this network",
-            stacklevel=3,
+            "have different shapes; these are put last in the order, so another score tells more of this network"
         )
     scores = {name: value + 1 for name, value in importance.items()}
     errors = {name: found[block][1] for name, block in blocks.items() if block in found}

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerSensitivity", "SensitivityTable"]
 
 
+@check_types
 @dataclass(frozen=True)
 class LayerSensitivity:
     """What a score says of one layer.
@@ -37,6 +39,7 @@ class LayerSensitivity:
     error: float | None = None
 
 
+@check_types
 @dataclass(frozen=True)
 class SensitivityTable:
     """The score of every layer of a network: read-only, plain JSON on disk, printed as a table, drawn as bars.

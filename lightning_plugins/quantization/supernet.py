@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_plugins.batches import BatchFn, inputs_and_targets
+from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.allocation import (
     Unit,
     allocate_bits,
@@ -124,6 +125,7 @@ def switching_probability(epoch: int, num_epochs: int, *, sigma: float = 0.5, wa
     return 0.0 if epoch < warmup_epochs else sigma * min((epoch + 1) / num_epochs, 1.0)
 
 
+@check_types
 def sensitive_layers(importance: Mapping[str, float]) -> tuple[str, ...]:
     """Return the layers of at least mean importance, infinite values aside; the mean is over these layers alone.
 
@@ -139,6 +141,7 @@ def sensitive_layers(importance: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(name for name, value in importance.items() if value >= mean * (1 - 1e-12))
 
 
+@check_types
 def draw_bits(
     layers: Mapping[str, Sequence[int]],
     bits: int,
@@ -165,11 +168,16 @@ def draw_bits(
     Returns:
         Bits by name, for :func:`.switch_`.
 
+    Raises:
+        TypeError: for another generator.
+
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> draw_bits({"a": (8, 4), "b": (8,)}, 4, sigma=0.0, sensitive=("a",), generator=generator)
         {'a': 4, 'b': 8}
     """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator on the CPU, got a {type(generator).__name__}")
     everything = sorted({b for own in layers.values() for b in own} - {FULL_PRECISION} | {bits}, reverse=True)
     wheels = [_weights(everything, sensitive=prefers_high) for prefers_high in (False, True)]
     switches, spins = torch.rand(2, len(layers), generator=generator, dtype=torch.float64).tolist()
@@ -182,6 +190,7 @@ def draw_bits(
     return {name: min(b for b in layers[name] if b >= value) for name, value in drawn.items()}
 
 
+@check_types
 def tied_layers(model: nn.Module) -> list[tuple[str, ...]]:
     """Return the groups of quantized layers that a plan should give equal bits: shortcuts with their blocks' first."""
     layers = quantized_layers(model)
@@ -192,6 +201,7 @@ def tied_layers(model: nn.Module) -> list[tuple[str, ...]]:
     return list(groups.values())
 
 
+@check_types
 @torch.no_grad()
 def weigh_perturbations(model: nn.Module, importance: Mapping[str, float]) -> SensitivityTable:
     """Return a table for given importances: losses ``t_l |Q_b(W_l) - W_l|^2``, with the importance t of layer l.
@@ -301,6 +311,7 @@ class PlanSearch:
         return figure
 
 
+@check_types
 def search_plans(
     model: nn.Module,
     table: SensitivityTable,

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.robustness.attack import (
     AttackResult,
     LogitsFn,
@@ -40,6 +41,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """From logits and the rows of the batch that they belong to, to losses."""
 
 
+@check_types
 def apgd(
     logits_fn: LogitsFn,
     inputs: Tensor,
@@ -205,7 +207,7 @@ class Search:
 
     def result(self) -> AttackResult:
         """Return what was found for the whole batch."""
-        return self.network.result(self.space.image(self.coordinates), self.logits, self.targets, stacklevel=4)
+        return self.network.result(self.space.image(self.coordinates), self.logits, self.targets)
 
 
 def run_apgd(

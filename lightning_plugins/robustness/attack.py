@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.checks import warn_caller
 from lightning_plugins.gradients import grad_context, ordinary
+from lightning_plugins.modes import evaluation_mode
 from lightning_plugins.robustness.perturbation import Bounds, Norm, PerturbationSet
 
 __all__ = ["AttackResult", "LogitsFn"]
@@ -93,9 +94,7 @@ class Network:
         """Return how many images had a gradient of exactly zero, and of how many, summed over passes."""
         return 0 if self._zeros is None else int(self._zeros), self._num_rows
 
-    def result(
-        self, adversarial: Tensor, logits: Tensor, targets: Tensor, *, warn: bool = True, stacklevel: int = 3
-    ) -> AttackResult:
+    def result(self, adversarial: Tensor, logits: Tensor, targets: Tensor, *, warn: bool = True) -> AttackResult:
         """Return the result; warn if many gradients were zero."""
         if bool(logits.isnan().any()):
             raise ValueError(
@@ -104,10 +103,9 @@ class Network:
             )
         zeros, of = self.zero_gradients()
         if warn and zeros > MANY_ZEROS * of:
-            warnings.warn(
+            warn_caller(
                 f"{zeros} of {of} input gradients were exactly zero, so the attack did not see those images; if the "
-                'logits are saturated, use loss="dlr", float32, or auto_attack',
-                stacklevel=stacklevel,
+                'logits are saturated, use loss="dlr", float32, or auto_attack'
             )
         return AttackResult(adversarial, wrong(logits, targets), logits, self.num_gradients, self.num_forwards, zeros)
 
@@ -142,7 +140,6 @@ def attacking(logits_fn: LogitsFn, inputs: Tensor, *, full_precision: bool = Fal
             "the network's parameters or buffers were made in inference mode, which rules out gradients; build it "
             "outside, or use Trainer(inference_mode=False)"
         )
-    modes = [module.training for module in modules]
     autocast = torch.is_autocast_enabled(device)
     with ExitStack() as stack:
         stack.enter_context(grad_context())
@@ -153,13 +150,9 @@ def attacking(logits_fn: LogitsFn, inputs: Tensor, *, full_precision: bool = Fal
             stack.callback(torch.clear_autocast_cache)
             if full_precision:
                 stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            for module in modules:
-                module.training = False
-            yield Network(logits_fn)
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
+        if isinstance(logits_fn, nn.Module):
+            stack.enter_context(evaluation_mode(logits_fn))
+        yield Network(logits_fn)
 
 
 def make_space(
@@ -193,6 +186,8 @@ def check_classes(name: str, classes: Tensor, logits: Tensor) -> None:
 
 def private_generator(generator: torch.Generator | None) -> torch.Generator:
     """Return the caller's generator, or one seeded with 0: the global one is never touched."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got a {type(generator).__name__}")
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from lightning_plugins.checks import warn_caller
 
 __all__ = ["AttackCopy", "attack_copy"]
 
@@ -87,7 +88,7 @@ def attack_copy(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attack_copy needs an nn.Module, found {type(model).__name__}; wrap the function in one")
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating type such as torch.bfloat16, got {dtype}")
     with torch.inference_mode(False), torch.no_grad():
         plain = copy.deepcopy(getattr(model, "_orig_mod", model))  # a compiled module keeps the network there
@@ -115,10 +116,9 @@ def _folded(plain: nn.Module, example: Tensor | None) -> nn.Module:
             if not difference < 1e-2:
                 raise RuntimeError(f"its logits on the example differ by {difference:.2g} of the largest")
     except Exception as error:  # tracing runs the user's code on stand-ins, which may fail in any way
-        warnings.warn(
+        warn_caller(
             f"{type(plain).__name__} keeps its batch normalisations in the attack copy, which is correct but slower: "
-            f"{error}",
-            stacklevel=3,
+            f"{error}"
         )
         return plain
     return traced

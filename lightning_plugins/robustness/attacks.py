@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.robustness.apgd import ApgdLoss, apgd
 from lightning_plugins.robustness.attack import AttackResult, LogitsFn
 from lightning_plugins.robustness.auto_attack import Version, auto_attack
@@ -45,6 +46,7 @@ class Attack(ABC):
         """Return the same attack with another radius."""
         return replace(self, eps=eps)  # type: ignore[type-var]
 
+    @check_types
     def __call__(
         self,
         logits_fn: LogitsFn,
@@ -74,6 +76,7 @@ class Attack(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
+@check_types
 @dataclass(frozen=True)
 class PGDAttack(Attack):
     """Projected gradient descent; see :func:`.pgd`.
@@ -128,6 +131,7 @@ class PGDAttack(Attack):
         return super()._arguments() | {"step_size": self.relative_step * self.eps}
 
 
+@check_types
 @dataclass(frozen=True)
 class FGSMAttack(Attack):
     """One step of the whole radius; see :func:`.fgsm`. Too weak to measure robustness by.
@@ -147,6 +151,7 @@ class FGSMAttack(Attack):
         return without_generator
 
 
+@check_types
 @dataclass(frozen=True)
 class APGDAttack(Attack):
     """PGD with automatic step size; see :func:`.apgd`. ``loss="dlr_targeted"`` alone nearly equals AutoAttack.
@@ -171,6 +176,7 @@ class APGDAttack(Attack):
         return apgd
 
 
+@check_types
 @dataclass(frozen=True)
 class FABAttack(Attack):
     """The nearest decision boundary, counted where it lies within ``eps``; see :func:`.fab`.
@@ -191,6 +197,7 @@ class FABAttack(Attack):
         return fab
 
 
+@check_types
 @dataclass(frozen=True)
 class SquareAttack(Attack):
     """Random search without gradients; see :func:`.square`.
@@ -209,6 +216,7 @@ class SquareAttack(Attack):
         return square
 
 
+@check_types
 @dataclass(frozen=True)
 class AutoAttack(Attack):
     """The cascade that published robust accuracies are measured by; see :func:`.auto_attack`.

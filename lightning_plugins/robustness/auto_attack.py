@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.files import write_atomically
 from lightning_plugins.robustness.apgd import NEEDED_CLASSES, Search, run_apgd
 from lightning_plugins.robustness.attack import (
@@ -103,6 +104,7 @@ class AutoAttackSummary:
         return float((self.broken_by < 0).double().mean())
 
 
+@check_types
 def auto_attack(
     logits_fn: LogitsFn,
     inputs: Tensor,
@@ -188,6 +190,7 @@ def auto_attack(
     return AutoAttackResult(**vars(found), broken_by=cascade.broken_by, components=cascade.components)
 
 
+@check_types
 def auto_attack_dataset(
     logits_fn: LogitsFn,
     data: Iterable[Any] | tuple[Tensor, Tensor],
@@ -368,8 +371,13 @@ class _State:
 
         try:
             with safe_open(state.path, framework="pt") as file:
-                plain = json.loads((file.metadata() or {})["auto_attack"])
+                about = file.metadata() or {}
+                plain = json.loads(about["auto_attack"])
                 state.broken_by, state.open_rows = file.get_tensor("broken_by"), file.get_tensor("open_rows")
+            tensors = {"broken_by": state.broken_by, "open_rows": state.open_rows}
+            # Files of earlier versions have no checksum.
+            if about.get("checksum", checksum := _state_checksum(tensors, about["auto_attack"])) != checksum:
+                raise ValueError("its checksum differs from the one that was written")
             found = plain.pop("settings")
             numbers = {name: type(getattr(state, name))(plain[name]) for name in _State._plain}
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -452,7 +460,18 @@ class _State:
 
             plain = {name: getattr(self, name) for name in _State._plain} | {"settings": self.settings}
             tensors = {"broken_by": self.broken_by, "open_rows": self.open_rows}
-            write_atomically(self.path, save(tensors, metadata={"auto_attack": json.dumps(plain)}))
+            text = json.dumps(plain)
+            about = {"auto_attack": text, "checksum": _state_checksum(tensors, text)}
+            write_atomically(self.path, save(tensors, metadata=about))
+
+
+def _state_checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(
+            f"{name} {tensors[name].dtype}".encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
 
 
 def _check_settings(version: str, num_steps: int, num_queries: int) -> None:
@@ -482,24 +501,19 @@ def _check_network(network: Network, images: Tensor, version: str) -> None:
     first = outputs[0]
     sums = first.sum(1)
     if bool((first >= 0).all()) and bool(((sums - 1.0).abs() < 1e-4).all()):
-        warnings.warn(
-            "the outputs look like probabilities, which hide gradients; return logits from logits_fn", stacklevel=3
-        )
+        warn_caller("the outputs look like probabilities, which hide gradients; return logits from logits_fn")
     directions = [output / output.norm(dim=1, keepdim=True).clamp_min(1e-30) for output in outputs]
     random = any(bool(((d - directions[0]).norm(dim=1) > _RANDOM_DISTANCE).any()) for d in directions[1:])
     if random and version != "rand":
-        warnings.warn(
-            'the outputs differ from call to call: the network is random; attack it with version="rand"', stacklevel=3
-        )
+        warn_caller('the outputs differ from call to call: the network is random; attack it with version="rand"')
     if not random and version == "rand":
         raise ValueError(
             'version="rand" is for networks whose outputs differ from call to call, and these do not; use "standard"'
         )
     if calls:
-        warnings.warn(
+        warn_caller(
             "the network computes gradients inside its forward pass; a defence that adapts to its input needs an "
-            "attack made for it",
-            stacklevel=3,
+            "attack made for it"
         )
 
 
@@ -523,10 +537,9 @@ def _watch_gradients() -> Iterator[list[str]]:
 
 def _warn_of_zeros(zeros: tuple[int, int]) -> None:
     if zeros[0] > MANY_ZEROS * zeros[1]:
-        warnings.warn(
+        warn_caller(
             f"{zeros[0]} of {zeros[1]} input gradients of the cross-entropy were exactly zero: the logits are "
-            "saturated, and attacks on the cross-entropy alone overstate the robustness of this network",
-            stacklevel=3,
+            "saturated, and attacks on the cross-entropy alone overstate the robustness of this network"
         )
 
 
@@ -535,10 +548,9 @@ def _warn_of_masking(broken_by: Tensor, components: tuple[str, ...]) -> None:
         return
     dropped = int((broken_by == components.index("square") + 1).sum())
     if dropped > max(1.0, _MASKED_SHARE * len(broken_by)):
-        warnings.warn(
+        warn_caller(
             f"Square, which sees no gradients, broke {dropped} of {len(broken_by)} images that the gradient attacks "
-            "before it did not: the network probably masks its gradients, and its robustness is overstated",
-            stacklevel=3,
+            "before it did not: the network probably masks its gradients, and its robustness is overstated"
         )
 
 
@@ -552,6 +564,8 @@ def _batches(
         inputs, targets = data
         if len(inputs) != len(targets):
             raise ValueError(f"data holds {len(inputs)} images and {len(targets)} classes; they must be as many")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
         return zip(inputs.split(batch_size), targets.split(batch_size), strict=True), len(inputs)
     if batch_fn is None:
         from lightning_plugins.batches import inputs_and_targets

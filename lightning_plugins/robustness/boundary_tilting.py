@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.robustness.attack import LogitsFn, attacking
 from lightning_plugins.robustness.geometry import _Sums
 
 __all__ = ["BoundaryTilting", "adversarial_strength", "deviation_angle", "input_jacobian", "tilting_type"]
 
 
+@check_types
 def deviation_angle(weight: Tensor, positive_mean: Tensor, negative_mean: Tensor) -> Tensor:
     r"""Return the angle between a linear classifier and the nearest-mean classifier.
 
@@ -49,6 +51,7 @@ def deviation_angle(weight: Tensor, positive_mean: Tensor, negative_mean: Tensor
     return _angle(weight, difference)
 
 
+@check_types
 def adversarial_strength(weight: Tensor, bias: Tensor | float, positive_mean: Tensor, negative_mean: Tensor) -> Tensor:
     r"""Return how many times nearer the boundary of a linear classifier is to each mean than the bisector of the means.
 
@@ -80,10 +83,12 @@ def adversarial_strength(weight: Tensor, bias: Tensor | float, positive_mean: Te
     weight, difference = _weight_and_difference(weight, positive_mean, negative_mean)
     offset = torch.as_tensor(bias, dtype=torch.float64, device=weight.device)
     margins = [sign * ((weight * mean).sum(-1) + offset) for sign, mean in ((1, positive_mean), (-1, negative_mean))]
-    to_boundary = torch.stack(margins, -1) / _length(weight)[..., None]
+    both = torch.stack(torch.broadcast_tensors(*margins), -1)  # type: ignore[no-untyped-call]
+    to_boundary = both / _length(weight)[..., None]
     return _length(difference)[..., None] / 2 / to_boundary
 
 
+@check_types
 def tilting_type(
     angle: Tensor, error: Tensor, *, weak: float = 30.0, strong: float = 75.0, max_error: float = 0.25
 ) -> Tensor:
@@ -189,7 +194,8 @@ class BoundaryTilting(_Sums):
         ``angle`` in degrees in [0, 180], symmetric; ``strength``, how many times nearer to the mean of the row's class
         the boundary is than the bisector of the means; ``error``, the share of the row's class on the column's side of
         the boundary. For ``"mean"``, scalars: the mean angle and error, and the sum of the distances to the bisectors
-        over the sum of those to the boundaries. Classes without samples are left out, and named in a warning.
+        over the sum of those to the boundaries. Classes without samples are left out, and named in a warning. NaN where
+        nothing is left, or where two classes have the same mean or no gradient tells them apart.
         :meth:`types` sorts the pairs.
 
     Raises:
@@ -216,6 +222,7 @@ class BoundaryTilting(_Sums):
     counts: Tensor
     problems: Tensor
 
+    @check_types
     def __init__(self, num_classes: int, num_features: int, *, reduction: Literal["mean", "none"] = "mean") -> None:
         super().__init__()
         if num_classes < 2:
@@ -233,6 +240,7 @@ class BoundaryTilting(_Sums):
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("problems", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, inputs: Tensor, logits: Tensor, jacobian: Tensor, target: Tensor) -> None:
         """Add one batch; see the class for shapes."""
         n, c, d = len(target), self.num_classes, self.num_features
@@ -241,6 +249,7 @@ class BoundaryTilting(_Sums):
         rows = {"inputs": (inputs, (n, d)), "logits": (logits, (n, c)), "jacobian": (jacobian, (n, c, d))}
         for name, (tensor, shape) in rows.items():
             fits = tensor.shape[: len(shape) - 1] == shape[:-1] and tensor.numel() == math.prod(shape)
+            fits &= name != "logits" or tensor.ndim == 2
             if not fits or not tensor.is_floating_point():
                 raise ValueError(
                     f"{name} must be floating-point {shape} up to a flattening of the input, got "

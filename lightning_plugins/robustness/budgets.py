@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["class_budgets"]
 
 
+@check_types
 def class_budgets(counts: Sequence[int] | Tensor, *, alpha: float = 0.3) -> Tensor:
     r"""Return factors of the radius that grow with a class's rarity and have mean 1 over the training samples.
 
@@ -35,7 +38,7 @@ def class_budgets(counts: Sequence[int] | Tensor, *, alpha: float = 0.3) -> Tens
         Zhang et al., *RobustLT*, 2026; from the released code.
     """
     numbers = torch.as_tensor(counts, dtype=torch.float64)
-    if numbers.ndim != 1 or not bool((numbers > 0).all()):
+    if numbers.ndim != 1 or not len(numbers) or not bool((numbers > 0).all()):
         raise ValueError(f"class counts must be numbers above 0, got {numbers.tolist()}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = [
     "RobustClassifier",
     "accuracy_disparity",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 
+@check_types
 def gaussian_class_errors(
     weight: Tensor,
     bias: Tensor | float,
@@ -66,9 +69,12 @@ def gaussian_class_errors(
         variance = torch.einsum("...i,...ij,...j->...", weight, value, weight)
     else:
         variance = (weight.square() * value).sum(-1)
+    if not (variance >= 0).all():
+        raise ValueError("covariance must give no variance below 0; make it symmetric and positive definite")
     return _normal_cdf(-reach / variance.sqrt()[..., None])
 
 
+@check_types
 def stable_class_errors(
     weight: Tensor,
     bias: Tensor | float,
@@ -144,6 +150,7 @@ class RobustClassifier:
     robust_errors: Tensor
 
 
+@check_types
 def robust_optimal_classifier(
     mean: Tensor,
     covariance: Tensor | float = 1.0,
@@ -218,6 +225,7 @@ def robust_optimal_classifier(
     return RobustClassifier(weight, bias, shift, margin, gaussian_class_errors(weight, bias, mean, value), robust)
 
 
+@check_types
 def accuracy_disparity(class_accuracies: Tensor) -> Tensor:
     """Return the accuracy of the majority minus that of the minority.
 
@@ -242,6 +250,7 @@ def accuracy_disparity(class_accuracies: Tensor) -> Tensor:
     return class_accuracies[..., 0] - class_accuracies[..., 1]
 
 
+@check_types
 def gap_of_disparity(adversarial: Tensor, standard: Tensor) -> Tensor:
     """Return by how much adversarial training widens the disparity of accuracy.
 
@@ -262,6 +271,7 @@ def gap_of_disparity(adversarial: Tensor, standard: Tensor) -> Tensor:
     return accuracy_disparity(adversarial) - accuracy_disparity(standard)
 
 
+@check_types
 def gap_of_standard_accuracy(adversarial: Tensor, standard: Tensor, *, ratio: float = 1.0) -> Tensor:
     """Return how much accuracy adversarial training costs, on data as imbalanced as for training.
 
@@ -316,6 +326,8 @@ def _reach(weight: Tensor, bias: Tensor | float, mean: Tensor, eps: Tensor | flo
     """Return what the classifier answers at each class's centre, as seen by that class, at worst ``(..., 2)``."""
     if not p >= 1:
         raise ValueError(f"p must be at least 1 or infinite, got {p!r}")
+    if weight.shape[-1] != mean.shape[-1]:
+        raise ValueError(f"weight and mean must have one width d, got {tuple(weight.shape)} and {tuple(mean.shape)}")
     if not weight.any(-1).all():
         raise ValueError("weight must not be 0: such a classifier does not look at its input")
     dual = 1.0 if p == math.inf else math.inf if p == 1 else p / (p - 1)
@@ -350,6 +362,8 @@ def _check_positive(form: str, value: Tensor) -> None:
 
 
 def _nearest_shift(mean: Tensor, covariance: Tensor, budget: Tensor, p: float) -> Tensor:
+    if mean.requires_grad or covariance.requires_grad:
+        raise ValueError("the shift for this covariance has no gradient; detach mean and covariance")
     solve = _nearest_in_ball if p == 2 else _nearest_in_box
     d = mean.shape[-1]
     problems = zip(

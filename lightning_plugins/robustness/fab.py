@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.robustness.apgd import Search
 from lightning_plugins.robustness.attack import (
     AttackResult,
@@ -29,6 +30,7 @@ _BACKWARD = 0.9
 _DROP_EVERY = 10
 
 
+@check_types
 def fab(
     logits_fn: LogitsFn,
     inputs: Tensor,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.gradients import grad_context, ordinary
 from lightning_plugins.robustness.attack import LogitsFn, attacking, check_classes, check_targets, private_generator
 
@@ -35,6 +36,7 @@ _BATCH_SIZE = 512
 _POSITIONS = 0x70B  # labels that were drawn with the same small seed must not give the positions away
 
 
+@check_types
 def input_gradients(
     logits_fn: LogitsFn,
     inputs: Tensor,
@@ -85,6 +87,7 @@ def input_gradients(
         return gradient
 
 
+@check_types
 def unmask(
     inputs: Tensor,
     ranking: Tensor,
@@ -157,6 +160,7 @@ class DiffROAR:
         return (self.top - self.bottom).mean(1)
 
 
+@check_types
 def diff_roar(
     train: Labelled,
     test: Labelled,
@@ -320,6 +324,7 @@ class BlockDataset(Dataset[tuple[Tensor, Any]]):
         H. Shah, P. Jain, P. Netrapalli, "Do Input Gradients Highlight Discriminative Features?", NeurIPS 2021.
     """
 
+    @check_types
     def __init__(
         self,
         base: Dataset[Any],
@@ -370,6 +375,7 @@ class BlockDataset(Dataset[tuple[Tensor, Any]]):
         return (below == on_top.view(-1, 1, 1, 1)).expand(-1, -1, -1, width)
 
 
+@check_types
 def gradient_leakage(
     gradients: Tensor, null_mask: Tensor, *, share: float = 0.1, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_plugins.checks import check_types
+
 __all__ = [
     "AdversarialPowerLaw",
     "LogitMargin",
@@ -71,6 +73,7 @@ class PerturbationNorm(_Sums):
     largest: Tensor
     excess: Tensor
 
+    @check_types
     def __init__(self, p: float = math.inf, *, eps: float | None = None, tol: float = 1e-6) -> None:
         super().__init__()
         if not p >= 1:
@@ -85,6 +88,7 @@ class PerturbationNorm(_Sums):
         self.add_state("largest", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
         self.add_state("excess", torch.full((), -math.inf, dtype=torch.float64), dist_reduce_fx="max")
 
+    @check_types
     def update(self, x: Tensor, x_adv: Tensor) -> None:
         """Add the perturbations of one batch; see the class for shapes."""
         if x.shape != x_adv.shape or x.ndim < 2 or not (x.is_floating_point() and x_adv.is_floating_point()):
@@ -160,6 +164,7 @@ class MinimalPerturbation(_Sums):
     area: Tensor
     problems: Tensor
 
+    @check_types
     def __init__(self, max_eps: float, *, num_bins: int = 256) -> None:
         super().__init__()
         if not 0 < max_eps < math.inf:
@@ -172,6 +177,7 @@ class MinimalPerturbation(_Sums):
         self.add_state("area", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("problems", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, eps_hat: Tensor) -> None:
         """Add the smallest perturbations of one batch; see the class for shapes."""
         if eps_hat.ndim != 1 or not eps_hat.is_floating_point():
@@ -265,6 +271,7 @@ class LogitMargin(_Sums):
     histogram: Tensor
     margins: Tensor
 
+    @check_types
     def __init__(self, max_margin: float = 50.0, *, num_bins: int = 2000, rank: int = 2) -> None:
         super().__init__()
         if not 0 < max_margin < math.inf:
@@ -277,6 +284,7 @@ class LogitMargin(_Sums):
         self.add_state("histogram", torch.zeros(num_bins + 1, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("margins", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, logits: Tensor) -> None:
         """Add the gaps of one batch; see the class for shapes."""
         if logits.ndim != 2 or logits.shape[1] < self.rank or not logits.is_floating_point():
@@ -338,6 +346,7 @@ class PowerLaw:
     num_points: int
 
 
+@check_types
 def fit_power_law(
     eps: Tensor | Sequence[float], error: Tensor | Sequence[float], *, error_range: tuple[float, float] = (0.003, 0.3)
 ) -> PowerLaw:
@@ -412,6 +421,7 @@ class AdversarialPowerLaw(_Sums):
     count: Tensor
     problems: Tensor
 
+    @check_types
     def __init__(self, eps_grid: Sequence[float], *, error_range: tuple[float, float] = (0.003, 0.3)) -> None:
         super().__init__()
         self.eps_grid = tuple(float(eps) for eps in eps_grid)
@@ -423,6 +433,7 @@ class AdversarialPowerLaw(_Sums):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("problems", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, pred_clean: Tensor, pred_adv: Tensor, target: Tensor) -> None:
         """Count one batch; see the class for shapes."""
         if target.ndim != 1 or target.is_floating_point():
@@ -471,6 +482,7 @@ def _check_range(error_range: tuple[float, float]) -> None:
         raise ValueError(f"error_range must be (least, largest) with 0 < least < largest <= 1, got {error_range!r}")
 
 
+@check_types
 def linearised_minimal_eps(logits: Tensor, jacobian: Tensor, *, p: float = math.inf) -> Tensor:
     r"""Return the budget at which a model, linear around each sample, changes its decision.
 
@@ -500,6 +512,8 @@ def linearised_minimal_eps(logits: Tensor, jacobian: Tensor, *, p: float = math.
             f"logits must be (N, C) with at least 2 classes and jacobian (N, C, ...), got {tuple(logits.shape)} and "
             f"{tuple(jacobian.shape)}"
         )
+    if not (logits.is_floating_point() and jacobian.is_floating_point()):
+        raise ValueError(f"logits and jacobian must be floating-point, got {logits.dtype} and {jacobian.dtype}")
     dual = 1.0 if p == math.inf else math.inf if p == 1 else p / (p - 1)
     top = logits.argmax(1, keepdim=True)
     rows = jacobian.flatten(2)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.gradients import ordinary
 from lightning_plugins.robustness.attack import (
     LogitsFn,
@@ -45,6 +46,7 @@ class LevelSetPath:
     linf: Tensor
 
 
+@check_types
 def level_set_traversal(
     logits_fn: LogitsFn,
     source: Tensor,
@@ -182,6 +184,7 @@ class TriangleConfidences:
         return (self.confidences >= self.edges[:, 0, :1] - loss).float().mean(1)
 
 
+@check_types
 def triangle_confidences(
     logits_fn: LogitsFn,
     source: Tensor,

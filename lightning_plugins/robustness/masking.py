@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["GradientMaskingCheck", "MaskingReason", "MaskingVerdict"]
 
 MaskingReason = Literal[
@@ -64,6 +66,7 @@ class MaskingVerdict:
         return "; ".join(parts)
 
 
+@check_types
 @dataclass(frozen=True)
 class GradientMaskingCheck:
     """Look for the symptoms of masked gradients in robust accuracies that were measured already.
@@ -111,6 +114,7 @@ class GradientMaskingCheck:
         for name, value in vars(self).items():
             _check_share(name, value)
 
+    @check_types
     def __call__(
         self,
         *,

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_plugins.checks import check_types
+
 __all__ = [
     "AccuracyDisparity",
     "AttackSuccessRate",
@@ -54,6 +56,7 @@ class _Outcomes(Metric):
     both: Tensor
     problems: Tensor
 
+    @check_types
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         if num_classes < 2:
@@ -63,6 +66,7 @@ class _Outcomes(Metric):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("problems", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
 
+    @check_types
     def update(self, pred_clean: Tensor, pred_adv: Tensor, target: Tensor) -> None:
         """Count one batch.
 
@@ -146,6 +150,7 @@ class RobustAccuracy(_Outcomes):
         Benchmarks 2021, for ``require_clean``.
     """
 
+    @check_types
     def __init__(self, num_classes: int, *, average: Average = "micro", require_clean: bool = True) -> None:
         super().__init__(num_classes)
         _check_choice("average", average, Average)
@@ -179,6 +184,7 @@ class BalancedRobustAccuracy(_Outcomes):
         tensor(0.5000)
     """
 
+    @check_types
     def __init__(self, num_classes: int, *, require_clean: bool = True) -> None:
         super().__init__(num_classes)
         self.require_clean = require_clean
@@ -214,6 +220,7 @@ class WorstClassRobustAccuracy(_Outcomes):
         tensor(0.6667)
     """
 
+    @check_types
     def __init__(self, num_classes: int, *, require_clean: bool = True) -> None:
         super().__init__(num_classes)
         self.require_clean = require_clean
@@ -251,6 +258,7 @@ class TailRobustAccuracy(_Outcomes):
         {'head': tensor(1.), 'tail': tensor(0.7500)}
     """
 
+    @check_types
     def __init__(self, num_classes: int, groups: Mapping[str, Sequence[int]], *, require_clean: bool = True) -> None:
         super().__init__(num_classes)
         if not groups:
@@ -299,6 +307,7 @@ class AccuracyDisparity(_Outcomes):
 
     higher_is_better = False
 
+    @check_types
     def __init__(
         self,
         num_classes: int,
@@ -372,6 +381,7 @@ class AttackSuccessRate(_Outcomes):
 
     higher_is_better = False
 
+    @check_types
     def __init__(self, num_classes: int, *, average: Average = "micro") -> None:
         super().__init__(num_classes)
         _check_choice("average", average, Average)
@@ -414,6 +424,7 @@ class RobustErrorDecomposition(_Outcomes):
 
     higher_is_better = False
 
+    @check_types
     def __init__(self, num_classes: int, *, average: Average = "micro") -> None:
         super().__init__(num_classes)
         _check_choice("average", average, Average)
@@ -426,6 +437,7 @@ class RobustErrorDecomposition(_Outcomes):
         return {name: self._share(part, self.total, self.average) for name, part in parts.items()}
 
 
+@check_types
 def groups_by_count(counts: Sequence[int] | Tensor, *, few: int = 20, many: int = 100) -> dict[str, tuple[int, ...]]:
     """Group classes by the number of their training samples, for :class:`TailRobustAccuracy`.
 
@@ -455,6 +467,7 @@ def groups_by_count(counts: Sequence[int] | Tensor, *, few: int = 20, many: int 
     return {name: tuple(ids) for name, ids in groups.items() if ids}
 
 
+@check_types
 def halves_by_count(counts: Sequence[int] | Tensor) -> dict[str, tuple[int, ...]]:
     """Split classes into ``"head"`` and ``"tail"``, the rarer half, for :class:`TailRobustAccuracy`.
 

@@ -9,7 +9,6 @@ told them by :meth:`Objective.set_class_counts`; those that change over time fol
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -17,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.features import PenultimateFeatures
+from lightning_plugins.losses import checked_logits, wide
+from lightning_plugins.mixing import MixedLabels
 from lightning_plugins.robustness.reweighting import (
     balanced_softmax_loss,
     cdt_loss,
@@ -101,6 +103,7 @@ class Objective(nn.Module):
             )
         return self.counts.to(like.device, torch.float32)
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss.
 
@@ -111,6 +114,20 @@ class Objective(nn.Module):
             targets: labels ``(N,)``.
         """
         raise NotImplementedError
+
+
+def _logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return logits in float32 at least; refuse labels that are no classes, unless they are mixed or soft."""
+    soft = isinstance(targets, MixedLabels) or (targets.is_floating_point() and targets.shape == logits.shape)
+    return wide(logits) if soft else checked_logits(logits, targets)
+
+
+def _need_pairs(clean: Tensor, attacked: Tensor) -> None:
+    if clean.shape != attacked.shape:
+        raise ValueError(
+            "the objective compares each clean input with the attacked one; found logits of the shapes "
+            f"{tuple(clean.shape)} and {tuple(attacked.shape)}"
+        )
 
 
 class PGDAT(Objective):
@@ -126,9 +143,10 @@ class PGDAT(Objective):
         Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, 2018.
     """
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
-        return F.cross_entropy(model(adversarial).float(), targets)
+        return F.cross_entropy(_logits(model(adversarial), targets), targets)
 
 
 class TRADES(Objective):
@@ -150,16 +168,19 @@ class TRADES(Objective):
     attack_loss = "kl"
     attack_start = "gaussian"
 
+    @check_types
     def __init__(self, beta: float = 6.0, *, detach_target: bool = False) -> None:
         super().__init__()
         self.beta, self.detach_target = _at_least_0("beta", beta), detach_target
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         natural, attacked = model(clean).float(), model(adversarial).float()
+        _need_pairs(natural, attacked)
         target = natural.detach() if self.detach_target else natural
         divergence = F.kl_div(attacked.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
-        return F.cross_entropy(natural, targets) + self.beta * divergence
+        return F.cross_entropy(_logits(natural, targets), targets) + self.beta * divergence
 
 
 class MART(Objective):
@@ -181,14 +202,17 @@ class MART(Objective):
 
     attack_start = "gaussian"
 
+    @check_types
     def __init__(self, beta: float = 5.0) -> None:
         super().__init__()
         self.beta = _at_least_0("beta", beta)
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         attacked, natural = model(adversarial).float(), model(clean).float()
-        log_q, log_p = attacked.log_softmax(1), natural.log_softmax(1)
+        _need_pairs(natural, attacked)
+        log_q, log_p = _logits(attacked, targets).log_softmax(1), natural.log_softmax(1)
         others = log_q.exp().scatter(1, targets[:, None], 0.0).amax(1)
         boosted = F.cross_entropy(attacked, targets) - (1.0001 - others + 1e-12).log().mean()
         divergence = (log_p.exp() * (log_p - log_q)).sum(1)
@@ -215,6 +239,7 @@ class ClassBalanced(Objective):
 
     needs_counts = True
 
+    @check_types
     def __init__(
         self,
         beta: float = 0.9999,
@@ -242,6 +267,7 @@ class ClassBalanced(Objective):
             return focal_loss(logits, targets, self.focal_gamma, weights)
         return weighted_cross_entropy(logits, targets, weights)
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         return self.loss(model(adversarial).float(), targets)
@@ -262,6 +288,7 @@ class LDAM(ClassBalanced):
         Cao et al., *Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss*, 2019.
     """
 
+    @check_types
     def __init__(
         self,
         max_margin: float = 0.5,
@@ -293,9 +320,11 @@ class BalancedSoftmax(Objective):
     needs_counts = True
     attack_start = "gaussian"
 
+    @check_types
     def __init__(self, *, counts: Sequence[int] | None = None) -> None:
         super().__init__(counts)
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         logits = model(adversarial).float()
@@ -315,10 +344,12 @@ class LogitAdjustment(Objective):
 
     needs_counts = True
 
+    @check_types
     def __init__(self, tau: float = 1.0, *, counts: Sequence[int] | None = None) -> None:
         super().__init__(counts)
         self.tau = _at_least_0("tau", tau)
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         logits = model(adversarial).float()
@@ -338,16 +369,19 @@ class CDT(Objective):
 
     needs_counts = True
 
+    @check_types
     def __init__(self, gamma: float = 0.3, *, counts: Sequence[int] | None = None) -> None:
         super().__init__(counts)
         self.gamma = _at_least_0("gamma", gamma)
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         logits = model(adversarial).float()
         return cdt_loss(logits, targets, self.known_counts(logits), gamma=self.gamma)
 
 
+@check_types
 def separation_loss(features: Tensor, targets: Tensor, *, temperature: float = 0.1, normalize: bool = True) -> Tensor:
     r"""Pull the features of one class together and push those of others away: supervised contrastive.
 
@@ -367,6 +401,9 @@ def separation_loss(features: Tensor, targets: Tensor, *, temperature: float = 0
         - targets: ``(N,)``
         - output: scalar; 0 if no class has two samples
 
+    Raises:
+        ValueError: for wrong shapes, or a temperature that is not above 0.
+
     Example:
         >>> apart = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
         >>> targets = torch.tensor([0, 0, 1, 1])
@@ -377,6 +414,11 @@ def separation_loss(features: Tensor, targets: Tensor, *, temperature: float = 0
         Wang et al., *Imbalanced Adversarial Training with Reweighting* (SRAT), 2021, whose term this is; Khosla et
         al., *Supervised Contrastive Learning*, 2020.
     """
+    _above_0("temperature", temperature)
+    if features.ndim != 2 or targets.shape != features.shape[:1]:
+        raise ValueError(
+            f"features must be (N, D) and targets (N,), got {tuple(features.shape)} and {tuple(targets.shape)}"
+        )
     z = features if features.dtype == torch.float64 else features.float()
     if normalize:
         z = F.normalize(z, dim=1)
@@ -423,6 +465,7 @@ class SRAT(Objective):
 
     needs_counts = True
 
+    @check_types
     def __init__(
         self,
         base: Literal["ce", "focal", "ldam"] = "ce",
@@ -461,6 +504,7 @@ class SRAT(Objective):
         super().set_progress(progress)
         self.base.set_progress(progress)
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         if not self.separation:
@@ -479,10 +523,9 @@ class SRAT(Objective):
         self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
         if self._collapsed_steps == 20:
             self._collapsed_steps = -1
-            warnings.warn(
+            warn_caller(
                 "SRAT: all features have pointed the same way for 20 steps and the separating term has no gradient "
-                "there; use a smaller separation, a longer ramp, or features_from a layer before the last ReLU",
-                stacklevel=2,
+                "there; use a smaller separation, a longer ramp, or features_from a layer before the last ReLU"
             )
 
 
@@ -508,6 +551,7 @@ class RoBal(Objective):
 
     needs_counts = True
 
+    @check_types
     def __init__(
         self,
         scale: float = 10.0,
@@ -529,12 +573,16 @@ class RoBal(Objective):
         counts = self.known_counts(logits)
         return self.scale * logits - self.posthoc_tau * (counts / counts.sum()).log()
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         attacked, natural = model(adversarial).float(), model(clean).float()
+        _need_pairs(natural, attacked)
         counts = self.known_counts(attacked)
+        if len(counts) != attacked.shape[1]:
+            raise ValueError(f"RoBal has counts of {len(counts)} classes, the net {attacked.shape[1]}; correct counts")
         margins = self.margin + self.margin_tau * (counts / counts.min()).log() / self.scale
-        lowered = attacked - F.one_hot(targets, attacked.shape[1]) * margins
+        lowered = _logits(attacked, targets) - F.one_hot(targets, attacked.shape[1]) * margins
         loss = F.cross_entropy(self.scale * lowered + self.prior_tau * (counts / counts.sum()).log(), targets)
         divergence = F.kl_div(attacked.log_softmax(1), natural.log_softmax(1), reduction="batchmean", log_target=True)
         return loss + self.kl_weight * divergence
@@ -546,20 +594,35 @@ class CosineClassifier(nn.Linear):
     Args:
         in_features: D.
         out_features: C.
-        gamma: added to the length of the class vectors.
+        gamma: added to the length of the class vectors, at least 0.
 
     Shape:
         - input ``(N, D)``, output ``(N, C)`` in (-1, 1)
+
+    Raises:
+        ValueError: for widths below 1, a negative ``gamma``, or an input that is not floating-point ``(N, D)``.
     """
 
+    @check_types
     def __init__(self, in_features: int, out_features: int, *, gamma: float = 1 / 32) -> None:
+        for name, width in {"in_features": in_features, "out_features": out_features}.items():
+            if width < 1:
+                raise ValueError(f"{name} must be at least 1, got {width!r}")
         super().__init__(in_features, out_features, bias=False)
-        self.gamma = gamma
+        self.gamma = _at_least_0("gamma", gamma)
 
+    @check_types
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
-        """Return the cosines."""
+        """Return the cosines, computed in the type of the weight."""
+        # A graph is traced without looking at shapes.
+        if isinstance(input, Tensor) and not (
+            input.ndim == 2 and input.shape[1] == self.in_features and input.is_floating_point()
+        ):
+            raise ValueError(
+                f"the input must be floating-point (N, {self.in_features}), got {tuple(input.shape)} of {input.dtype}"
+            )
         vectors = self.weight / (self.weight.norm(dim=1, keepdim=True) + self.gamma)
-        return F.linear(F.normalize(input, dim=1), vectors)
+        return F.linear(F.normalize(input.to(vectors.dtype), dim=1), vectors)
 
 
 class REAT(Objective):
@@ -585,6 +648,7 @@ class REAT(Objective):
 
     needs_counts = True
 
+    @check_types
     def __init__(
         self,
         variant: Literal["pairwise", "official"] = "official",
@@ -602,6 +666,7 @@ class REAT(Objective):
         self.variant, self.weight = variant, _at_least_0("weight", weight)
         self.tail_share, self.features_from = tail_share, features_from
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         logits, features = _logits_and_features(model, adversarial, self.features_from)
@@ -647,6 +712,7 @@ class TAET(Objective):
 
     attack_start = "gaussian"
 
+    @check_types
     def __init__(
         self,
         switch: float = 0.4,
@@ -659,12 +725,14 @@ class TAET(Objective):
             raise ValueError(f"first_stage must be 'clean' or 'adversarial', got {first_stage!r}")
         self.switch, self.first_stage, self.present_only = _share("switch", switch), first_stage, present_only
 
+    @check_types
     def forward(self, model: Model, clean: Tensor, adversarial: Tensor, targets: Tensor) -> Tensor:
         """Return the loss; see :class:`Objective`."""
         if self.progress < self.switch:
-            return F.cross_entropy(model(clean if self.first_stage == "clean" else adversarial).float(), targets)
+            chosen = clean if self.first_stage == "clean" else adversarial
+            return F.cross_entropy(_logits(model(chosen), targets), targets)
         logits = model(adversarial).float()
-        losses = F.cross_entropy(logits, targets, reduction="none")
+        losses = F.cross_entropy(_logits(logits, targets), targets, reduction="none")
         count = torch.bincount(targets, minlength=logits.shape[1])
         per_class = torch.zeros_like(logits[0]).index_add(0, targets, losses) / count.clamp_min(1)
         if self.present_only:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
+
 __all__ = ["Bounds", "Norm", "PerturbationSet"]
 
 Norm = Literal["linf", "l2"]
@@ -58,6 +60,7 @@ class PerturbationSet:
         tensor([[0.0000, 0.5500, 1.0000]])
     """
 
+    @check_types
     def __init__(
         self,
         inputs: Tensor,

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.robustness.attack import (
     AttackResult,
     LogitsFn,
@@ -38,6 +39,7 @@ _UNTARGETED: dict[str, RowLoss] = {"ce": cross_entropy_loss, "cw": margin_loss, 
 _GAUSSIAN_START = 1e-3
 
 
+@check_types
 def fgsm(
     logits_fn: LogitsFn,
     inputs: Tensor,
@@ -84,6 +86,7 @@ def fgsm(
     )
 
 
+@check_types
 def fgsm_rs(
     logits_fn: LogitsFn,
     inputs: Tensor,
@@ -136,6 +139,7 @@ def fgsm_rs(
     )
 
 
+@check_types
 def pgd(
     logits_fn: LogitsFn,
     inputs: Tensor,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.losses import ClassLoss as _ClassLoss
 from lightning_plugins.losses import FocalLoss, Normalise, Reduction, focal_loss
 from lightning_plugins.losses import check_at_least_0 as _check_at_least_0
@@ -55,6 +56,7 @@ Rescale = Literal["mean", "prior", "none"]
 Counts = Sequence[int] | Tensor
 
 
+@check_types
 def effective_number_weights(counts: Counts, beta: float = 0.9999, *, rescale: Rescale = "mean") -> Tensor:
     r"""Return class weights that fall with the effective number of samples.
 
@@ -93,6 +95,7 @@ def effective_number_weights(counts: Counts, beta: float = 0.9999, *, rescale: R
     return _rescaled(weights, numbers, rescale)
 
 
+@check_types
 def inverse_frequency_weights(counts: Counts, power: float = 1.0, *, rescale: Rescale = "mean") -> Tensor:
     r"""Return class weights :math:`w_c \propto n_c^{-\mathrm{power}}`.
 
@@ -119,6 +122,7 @@ def inverse_frequency_weights(counts: Counts, power: float = 1.0, *, rescale: Re
     return _rescaled(numbers.pow(-power), numbers, rescale)
 
 
+@check_types
 def ldam_margins(counts: Counts, max_margin: float = 0.5) -> Tensor:
     r"""Return a margin for each class, :math:`m_c \propto n_c^{-1/4}`, the rarest one's being ``max_margin``.
 
@@ -146,6 +150,7 @@ def ldam_margins(counts: Counts, max_margin: float = 0.5) -> Tensor:
     return (max_margin * margins / margins.max()).float()
 
 
+@check_types
 @takes_mixed_labels
 def weighted_cross_entropy(
     logits: Tensor,
@@ -186,6 +191,7 @@ def weighted_cross_entropy(
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
+@check_types
 @takes_mixed_labels
 def ldam_loss(
     logits: Tensor,
@@ -235,6 +241,7 @@ def ldam_loss(
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
+@check_types
 @takes_mixed_labels
 def logit_adjusted_loss(
     logits: Tensor,
@@ -276,6 +283,7 @@ def logit_adjusted_loss(
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
+@check_types
 @takes_mixed_labels
 def balanced_softmax_loss(
     logits: Tensor,
@@ -314,6 +322,7 @@ def balanced_softmax_loss(
     return logit_adjusted_loss(logits, target, counts, 1.0, weight, normalise=normalise, reduction=reduction)
 
 
+@check_types
 @takes_mixed_labels
 def cdt_loss(
     logits: Tensor,
@@ -354,6 +363,7 @@ def cdt_loss(
     return _reduced(losses, target, weight, logits, normalise, reduction)
 
 
+@check_types
 def adjust_logits(logits: Tensor, counts: Counts, tau: float = 1.0) -> Tensor:
     r"""Return :math:`o_c - \tau \log \pi_c`: post-hoc correction of a model that was trained without one.
 
@@ -395,6 +405,7 @@ class WeightedCrossEntropy(_ClassLoss):
         tensor(1.3863)
     """
 
+    @check_types
     def __init__(self, weight: Sequence[float] | Tensor | None = None, *, normalise: Normalise = "batch_size") -> None:
         super().__init__(weight, normalise)
 
@@ -423,6 +434,7 @@ class LDAMLoss(_ClassLoss):
 
     margins: Tensor
 
+    @check_types
     def __init__(
         self,
         counts: Sequence[int] | Tensor,
@@ -462,6 +474,7 @@ class LogitAdjustedLoss(_ClassLoss):
 
     counts: Tensor
 
+    @check_types
     def __init__(
         self,
         counts: Sequence[int] | Tensor,
@@ -496,6 +509,7 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
         tensor(0.2877)
     """
 
+    @check_types
     def __init__(
         self,
         counts: Sequence[int] | Tensor,
@@ -525,6 +539,7 @@ class CDTLoss(_ClassLoss):
 
     counts: Tensor
 
+    @check_types
     def __init__(
         self,
         counts: Sequence[int] | Tensor,
@@ -565,6 +580,7 @@ class DeferredSchedule:
         Margin Loss", NeurIPS 2019, algorithm 1: 160 of 200 epochs, the first drop of the learning rate.
     """
 
+    @check_types
     def __init__(self, weights: Sequence[float] | Tensor, start: int) -> None:
         values = torch.as_tensor(weights, dtype=torch.float32).clone()
         if values.ndim != 1 or not ((values >= 0) & values.isfinite()).all():
@@ -591,6 +607,7 @@ class DeferredSchedule:
             raise ValueError(f"num_epochs must be at least 1, got {num_epochs!r}")
         return cls(weights, round(share * num_epochs))
 
+    @check_types
     def __call__(self, epoch: int) -> Tensor:
         """Return the weights ``(C,)`` of an epoch, counted from 0."""
         return self.weights.clone() if epoch >= self.start else torch.ones_like(self.weights)

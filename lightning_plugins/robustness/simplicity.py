@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.gradients import ordinary
 from lightning_plugins.robustness.attack import LogitsFn, attacking, check_classes, check_targets, private_generator
 
@@ -46,6 +47,7 @@ class SlabData:
     rotation: Tensor
 
 
+@check_types
 def slab_dataset(
     num_slabs: Sequence[int],
     num_samples: int = 100_000,
@@ -137,6 +139,7 @@ def slab_dataset(
     return SlabData(inputs.float(), targets, rotation.float())
 
 
+@check_types
 def lms_dataset(
     k: int,
     num_samples: int = 100_000,
@@ -227,6 +230,7 @@ def group_classes(images: Tensor, targets: Tensor, groups: Sequence[Sequence[int
     return images[chosen], renamed[chosen]
 
 
+@check_types
 def concat_pair(
     base_simple: tuple[Tensor, Tensor],
     base_complex: tuple[Tensor, Tensor],
@@ -323,6 +327,7 @@ class FeatureUse:
     complement: FeatureScores
 
 
+@check_types
 def extreme_simplicity(
     logits_fn: LogitsFn,
     inputs: Tensor,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.robustness.apgd import Search
 from lightning_plugins.robustness.attack import (
     AttackResult,
@@ -28,6 +29,7 @@ _DROP_EVERY = 10
 _TILES = 5
 
 
+@check_types
 def square(
     logits_fn: LogitsFn,
     inputs: Tensor,

@@ -94,6 +94,23 @@ def test_of_equal_scores_the_first_class_is_predicted():
     assert reliability_bins(probs, torch.tensor([1, 0]), num_bins=1).accuracy[0] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("below_zero", [0.0, -0.0, -1e-7])
+def test_ties_zeros_and_rounding_below_zero_equal_a_search_for_the_first_largest(dtype, below_zero):
+    generator = torch.Generator().manual_seed(0)
+    tickets = torch.randint(0, 3, (400, 8), generator=generator)
+    tickets[:200] *= torch.rand(200, 8, generator=generator) < 0.3
+    tickets[:, 0] += tickets.sum(1) == 0
+    probs = (tickets / tickets.sum(1, keepdim=True)).to(dtype)  # many rows with several largest ones, some with 1/2
+    probs[probs == 0] = below_zero
+    assert (probs == probs.amax(1, keepdim=True)).sum() > 600
+    labels = torch.randint(0, 8, (400,), generator=generator)
+    first = torch.tensor([row.index(max(row)) for row in probs.tolist()])
+    bins = reliability_bins(probs, labels, num_bins=1)
+    assert bins.accuracy.item() == (first == labels).double().mean().item()
+    assert bins.confidence.item() == pytest.approx(probs.amax(1).double().mean().item(), abs=1e-12)
+
+
 def test_falls_with_the_root_of_the_samples_for_a_calibrated_sampler():
     errors = [ece(*predictions(n, 10)).item() for n in (1000, 100_000)]
     assert 4 < errors[0] / errors[1] < 25

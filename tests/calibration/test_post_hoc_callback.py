@@ -475,3 +475,13 @@ def test_of_a_list_the_best_by_cross_validation_is_used_and_logged(tmp_path):
 def test_a_list_of_one_is_that_one():
     one = TemperatureScaling()
     assert PostHocCalibration([one]).calibrator is one
+
+
+def test_a_fit_without_any_validation_keeps_the_training(tmp_path):
+    callback, module = PostHocCalibration(), Noisy()
+    trainer = make_trainer(tmp_path, 1, callback, check_val_every_n_epoch=5)
+    with pytest.warns(UserWarning, match="no validation ran; lower check_val_every_n_epoch"):
+        trainer.fit(module)
+    assert not callback.is_fitted
+    trainer.validate(module, verbose=False)
+    assert callback.is_fitted

@@ -467,7 +467,7 @@ def test_image_folder_statistics(tmp_path):
     write_folder(tmp_path, "test")
     assert ImageFolderDataModule(root=str(tmp_path)).mean == (0.485, 0.456, 0.406)
     assert ImageFolderDataModule(root=str(tmp_path), mean=[0, 0, 0], std=[1, 1, 1]).std == (1, 1, 1)
-    with pytest.raises(ValueError, match="one number for each of 3 channels, std positive"):
+    with pytest.raises(ValueError, match="need 3 finite numbers each, std positive"):
         ImageFolderDataModule(root=str(tmp_path), std=(0, 1, 1))
 
 

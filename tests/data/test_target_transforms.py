@@ -85,7 +85,7 @@ def test_counts_fall_with_the_rank_and_keep_the_ratio(ratio, kind, classes):
     [
         ({"kind": "linear"}, "'exp' or 'step', got 'linear'"),
         ({"ratio": 0.5}, "at least 1, got 0.5"),
-        ({"ratio": float("nan")}, "finite and at least 1"),
+        ({"ratio": float("nan")}, "finite and at least 1|must be a number, got nan"),
         ({"ratio": float("inf")}, "finite and at least 1"),
         ({"max_per_class": 0}, "max_per_class must be at least 1"),
         ({"class_order": [0, 0, 1]}, "name each class 0, 1, ... once"),
@@ -138,7 +138,7 @@ def test_noise_at_its_ends_and_its_nesting():
 def test_wrong_rate(rate):
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
         LabelNoise(rate)
-    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]|must be a number, got nan"):
         symmetric_label_noise(BALANCED, rate, num_classes=10)
 
 

@@ -16,8 +16,10 @@ from lightning_plugins.distillation import (
     CharacteristicFunction,
     DistillationSettings,
     DistributionMatching,
+    ExtractorBank,
     FrequencySampler,
     SyntheticSet,
+    decode,
     preset_settings,
 )
 from lightning_plugins.distillation.presets import PRESETS, merged
@@ -87,6 +89,8 @@ def test_settings_win_over_the_preset_and_are_kept(tmp_path):
         ({"batchreal": 3}, "near names are batch_real"),
         ({"rho": 0}, "rho must be at least 1"),
         ({"optimizer": "lion"}, "adamw, sgd"),
+        ({"batch_synthetic": -1}, "batch_synthetic must be at least 0"),
+        ({"pretrain_cutmix": 2.0}, "pretrain_cutmix must lie in"),
         ({"calibration_weight": 1.0}, "set calibration_weight to 0"),
     ],
 )
@@ -223,6 +227,58 @@ def test_augmentation_of_the_data_module_does_not_reach_the_pool(tmp_path):
     assert module._pool.images.max() > 0
 
 
+@pytest.mark.parametrize(("preset", "cutmix"), [("ncfm-paper", 0.5), ("house", 0.0)])
+def test_experts_are_trained_with_cutmix_in_place_of_cutout(tmp_path, monkeypatch, preset, cutmix):
+    given = {}
+    train = ExtractorBank.train.__func__
+
+    def watched(cls, *arguments, **keywords):
+        given.update(keywords)
+        return train(cls, *arguments, **keywords)
+
+    monkeypatch.setattr(ExtractorBank, "train", classmethod(watched))
+    images_after(tmp_path, distillation(preset))
+    assert given["cutmix"] == cutmix
+    assert ("cutout" in given["augmentation"].operations) == (not cutmix)
+    assert {"color", "crop"} <= set(given["augmentation"].operations)
+
+
+def test_a_step_sees_a_part_of_the_synthetic_images_and_a_resumed_run_the_same(tmp_path):
+    assert preset_settings("idc").batch_synthetic == 128
+
+    def make() -> DatasetDistillation:
+        settings = {"batch_synthetic": 3, "rho": 2, "momentum": 0.0, "augmentation": ""}
+        return distillation("idc", settings=settings, images_per_class=3, iterations_per_epoch=1)
+
+    module, seen = make(), []
+
+    class Sees(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            loss = pl_module.objective.loss
+
+            def watched(net, real, synthetic, **arguments):
+                seen.append(synthetic.detach())
+                return loss(net, real, synthetic, **arguments)
+
+            pl_module.objective.loss = watched
+
+    make_trainer(tmp_path, 3, Sees()).fit(module)
+    assert [tuple(part.shape[:2]) for part in seen] == [(3, 3)] * 3
+    decoded = module.synthetic.normalise(decode(module._start, 2))
+    found = [
+        [int((row - rows).flatten(1).norm(dim=1).argmin()) for row in part]
+        for part, rows in zip(seen[0], decoded, strict=True)
+    ]
+    assert all(len(set(rows)) == 3 for rows in found)
+    assert len({tuple(rows) for rows in found}) > 1  # each class has a draw of its own
+    first = make_trainer(tmp_path, 1)
+    first.fit(make())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = make()
+    make_trainer(tmp_path, 3).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert torch.equal(resumed.synthetic.images, module.synthetic.images)
+
+
 def test_a_module_as_model_gets_fresh_weights(tmp_path):
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3))
     before = net[0].weight.detach().clone()
@@ -270,7 +326,7 @@ def test_the_trained_networks_are_kept_in_a_file(tmp_path):
 
 
 def test_too_little_memory_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_plugins.modules.dataset_distillation._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lightning_plugins.modules.dataset_distillation.free_bytes", lambda device: 1000)
     module = distillation("dm")
     with pytest.warns(UserWarning, match="lower classes_per_group"):
         images_after(tmp_path, module)

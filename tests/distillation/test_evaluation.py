@@ -103,6 +103,48 @@ def test_protocols_have_the_published_lengths():
     assert PROTOCOLS["house"].resized(epochs=3).num_steps(129) == 6
 
 
+def test_the_same_compute_for_sets_of_the_same_memory(monkeypatch):
+    steps = []
+    step = torch.optim.SGD.step
+
+    def count(self, *arguments):
+        steps.append(1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", count)
+    protocol = Protocol(epochs=8, steps=None, batch_size=2, operations=(), same_compute=True)
+    evaluate_set(
+        SyntheticSet.initialised("mix", pool(), 2, rho=2), pool(), factory, protocol=protocol, num_nets=1, train=pool()
+    )
+    assert len(steps) == 3 * 24  # 8 epochs of 3 batches for random images, 2 of 12 for the set and for mosaics
+    assert protocol.resized(steps=5).same_compute is False
+    assert protocol.for_set(SyntheticSet.initialised("real", pool(), 2)).epochs == 8
+
+
+def test_what_eight_bits_cost(tmp_path):
+    # Two grey levels that 8 bits cannot tell apart are all that tells these classes apart.
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([0.0, 0.2])[torch.arange(40) % 2] / 255
+    real = ClassPool(
+        (levels.view(-1, 1, 1, 1) + 1e-6 * torch.rand(40, 1, 4, 4, generator=generator)),
+        torch.arange(40) % 2,
+        mean=[0.1 / 255],
+        std=[0.1 / 255],
+    )
+    synthetic = SyntheticSet.initialised("real", real, 2)
+
+    def linear() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+
+    protocol = Protocol(steps=40, operations=(), learning_rate=0.1)
+    found = evaluate_set(synthetic, real, linear, protocol=protocol, num_nets=2, png=True)
+    assert found.distilled.mean == 1
+    assert found.png.mean == found.to_dict()["png"]["mean"] == 1 - found.png_drop < 0.8
+    plain = evaluate_set(synthetic, real, linear, protocol=protocol, num_nets=1)
+    assert plain.png_drop is None
+    assert "png" not in plain.to_dict()
+
+
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_runs_with_its_augmentation_and_repeats(name):
     images, labels = toy()
@@ -192,6 +234,7 @@ def test_the_scores_of_dd_ranking():
         (lambda: Protocol(epochs=3), "either epochs or steps"),
         (lambda: Protocol(steps=0), "at least 1"),
         (lambda: Protocol(cutmix=2.0), "cutmix must lie"),
+        (lambda: Protocol(same_compute=True), "give epochs, or leave it out"),
         (lambda: DistilledSetEvaluation("hous"), "one of house, vico"),
         (lambda: DistilledSetEvaluation(num_nets=0), "num_nets must be at least 1"),
         (lambda: DistilledSetEvaluation(architectures="resnet18"), "sequence of names"),
@@ -239,16 +282,19 @@ def evaluation(**arguments) -> DistilledSetEvaluation:
 
 
 def test_metrics_figures_and_state(tmp_path):
-    callback, module = evaluation(architectures=("resnet20",), every_n_epochs=1), distillation()
+    callback, module = evaluation(architectures=("resnet20",), every_n_epochs=1, png=True), distillation()
     trainer = make_trainer(tmp_path, 2, callback, logger=CSVLogger(tmp_path))
     trainer.fit(module)
     names = "distilled_acc distilled_acc_std distilled_acc_worst random_acc mix_acc resnet20_acc gain_over_random"
+    names += " png_acc png_drop"
     assert {f"val/{name}" for name in names.split()} <= set(trainer.callback_metrics)
     trainer.test(module, verbose=False)
     assert {f"test/{name}" for name in names.split()} <= set(trainer.callback_metrics)
     assert len(list(tmp_path.rglob("media/*/distilled*"))) == 6  # a table each, and a figure for each
     assert module.results.keys() == {"val", "test"}
     assert module.about()["results"]["test"]["protocol"]["steps"] == 5
+    png = module.results["test"]["png"]
+    assert png["drop"] == pytest.approx(module.results["test"]["distilled"]["mean"] - png["mean"])
     state = callback.state_dict()
     other = evaluation()
     other.load_state_dict(state)

@@ -86,6 +86,37 @@ def test_training_learns_and_lowers_the_learning_rate(monkeypatch):
     assert rates == pytest.approx([0.05] * 8 + [0.01] * 2 + [0.002] * 2)
 
 
+def test_cutmix_mixes_the_batches_of_an_expert():
+    from lightning_plugins.distillation.generators import PrivateGenerator
+    from lightning_plugins.mixing import cutmix
+
+    net, reference = untrained_net(factory, seed=0), untrained_net(factory, seed=0)
+    arguments = {"epochs": 1, "batch_size": 10, "momentum": 0.0, "weight_decay": 0.0, "lower_learning_rate": False}
+    losses = train_expert_(net, pool(), cutmix=0.5, seed=3, **arguments)
+    order = torch.randperm(60, generator=PrivateGenerator(3, "expert").on("cpu"))
+    generator = PrivateGenerator(3, "mixing of an expert").on("cpu")
+    mixed, total = [], 0.0
+    for rows in order.split(10):
+        x, y = pool().batch(rows)
+        mixed.append(float(torch.rand((), generator=generator)) < 0.5)
+        if mixed[-1]:
+            x, y = cutmix(x, y, num_classes=3, generator=generator)
+        loss = nn.functional.cross_entropy(reference(x), y)
+        for value, gradient in zip(
+            reference.parameters(), torch.autograd.grad(loss, list(reference.parameters())), strict=True
+        ):
+            value.data -= 0.01 * gradient
+        total += loss.item() / 6
+    assert 0 < sum(mixed) < 6
+    assert losses == pytest.approx([total])
+    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    plain = ExtractorBank.train(factory, pool(), num_pairs=1, epochs=1)
+    assert ExtractorBank.train(factory, pool(), num_pairs=1, epochs=1, cutmix=1.0).fingerprint != plain.fingerprint
+    with pytest.raises(ValueError, match="cutmix must lie"):
+        train_expert_(net, pool(), epochs=1, cutmix=1.5)
+
+
 def test_everything_follows_the_seed_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     assert bank(seed=1).fingerprint == bank(seed=1).fingerprint != bank(seed=2).fingerprint

@@ -221,6 +221,22 @@ def test_pictures_of_a_set_that_was_not_clamped(tmp_path):
     assert np.array(Image.open(folder / "0" / "1.png"))[1, 1] == 255
 
 
+@pytest.mark.parametrize("space", ["pixel", "normalised"])
+def test_the_quantised_set_is_what_the_pictures_hold(tmp_path, space):
+    made = SyntheticSet(RAND, space=space, mean=[0.3], std=[0.4], rho=2, soft_logits=torch.rand(2, 2, 3))
+    rescale = space == "normalised"
+    found = made.quantised(rescale=rescale)
+    folder = made.save_png(tmp_path / "png", rescale=rescale)
+    pictures = [np.array(Image.open(path)) for path in sorted(folder.glob("*/*.png"))]
+    assert torch.equal((found.images * 255).round().flatten(0, 2), torch.from_numpy(np.stack(pictures)).float())
+    assert (found.space, found.rho, found.mean.item()) == ("pixel", 2, pytest.approx(0.3))
+    assert torch.equal(found.soft_logits, made.soft_logits)
+    if not rescale:
+        assert (found.images - made.images).abs().max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(ValueError, match="pass rescale=True"):
+        SyntheticSet(RAND + 9, space="normalised").quantised()
+
+
 def test_pictures_are_written_all_or_none(tmp_path, monkeypatch):
     genuine, calls = Image.Image.save, []
 

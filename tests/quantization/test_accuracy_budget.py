@@ -66,8 +66,25 @@ def test_bits_and_weights_stay(net, batches):
     assert all(torch.equal(layer.weight, before[name]) for name, layer in quantized_layers(net).items())
 
 
+def test_layers_stay_in_full_precision_where_the_highest_bits_cost_too_much(batches):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    net = convert_(plain, (3, 2, 32), first_last_bits=2)
+    table = score_layers(net, "zd")
+    with pytest.raises(ValueError, match="standard errors above the target"):
+        plan_within_accuracy(net, table, batches, ratio=0.98, confidence=0.9)
+    result = plan_within_accuracy(net, table, batches, ratio=0.98, bits=(32, 3), confidence=0.9)
+    assert set(result.plan.values()) == {32, 3}
+    assert result.metric == pytest.approx(accuracy(net, result.plan, batches))
+
+
 def test_wrong_arguments_are_refused(net, batches):
     table = score_layers(net, "zd")
+    with pytest.raises(ValueError, match="bits must be among the model's precisions"):
+        plan_within_accuracy(net, table, batches, ratio=0.9, bits=(8, 3))
+    with pytest.raises(ValueError, match="accuracy_confidence must lie"):
+        PostTrainingQuantization(accuracy_confidence=0.9)
     with pytest.raises(ValueError, match=r"ratio must lie in \(0, 1\]"):
         plan_within_accuracy(net, table, batches, ratio=0.0)
     other = convert_(nn.Sequential(nn.Linear(6, 3)), (8, 4, 32), first_last_bits=4)

@@ -202,3 +202,35 @@ def test_outcomes_must_fit_each_other():
     scalar = bisect_bits("ab", lambda plan: torch.tensor(0.75), bits=(8, 4), target=0.5)
     assert scalar.metric == 0.75
     assert scalar.history[1].standard_error is None
+
+
+def test_confidence_asks_for_a_distance_of_standard_errors():
+    baseline = torch.ones(400)
+
+    def evaluate(plan):
+        """Each lowered layer gets four more samples wrong."""
+        outcomes = baseline.clone()
+        outcomes[: 4 * sum(b == 4 for b in plan.values())] = 0
+        return outcomes
+
+    order = list(LETTERS[:20])
+    found = {
+        confidence: bisect_bits(order, evaluate, bits=(8, 4), ratio=0.95, baseline=baseline, confidence=confidence)
+        for confidence in (0.5, 0.95, 0.999)
+    }
+    lowered = {c: sum(b == 4 for b in result.plan.values()) for c, result in found.items()}
+    # k layers lose 0.01 k with an error of sqrt(0.01 k (1 - 0.01 k) / 400).
+    assert lowered == {0.5: 5, 0.95: 3, 0.999: 2}
+    assert [e.feasible for e in found[0.95].history] == [
+        e.metric >= 0.95 + 1.6449 * e.standard_error for e in found[0.95].history
+    ]
+
+
+def test_confidence_needs_outcomes_and_a_sensible_number():
+    with pytest.raises(ValueError, match=r"confidence must lie in \[0\.5, 1\)"):
+        bisect_bits(["a"], lambda plan: torch.ones(4), bits=(8, 4), ratio=0.9, confidence=1.0)
+    with pytest.raises(ValueError, match="needs the outcomes"):
+        bisect_bits(["a"], lambda plan: 1.0, bits=(8, 4), ratio=0.9, confidence=0.95)
+    worse = torch.tensor([1.0, 0.0] * 8)
+    with pytest.raises(ValueError, match="1.64 standard errors above the target of 0.9; lower"):
+        bisect_bits(["a"], lambda plan: worse, bits=(8, 4), ratio=0.9, baseline=torch.ones(16), confidence=0.95)

@@ -284,10 +284,10 @@ LOGITS, TARGET = batch()
     [
         (lambda: effective_number_weights(COUNTS, 1.1), r"beta must lie in \[0, 1\], got 1.1"),
         (lambda: effective_number_weights([5, 0]), "counts must be at least 1.*leave out classes without samples"),
-        (lambda: effective_number_weights([[5, 1]]), "one number for each class"),
+        (lambda: effective_number_weights([[5, 1]]), "a sequence, each a whole number"),
         (lambda: effective_number_weights(COUNTS, rescale="sum"), "rescale must be one of mean, prior, none"),
         (lambda: inverse_frequency_weights(COUNTS, -1.0), "power must be at least 0"),
-        (lambda: ldam_margins(COUNTS, math.nan), "max_margin must be at least 0"),
+        (lambda: ldam_margins(COUNTS, math.nan), "max_margin .*must be a number, got nan"),
         (lambda: weighted_cross_entropy(LOGITS, TARGET, torch.ones(2)), "weight must hold one number for each of 3"),
         (lambda: weighted_cross_entropy(LOGITS, TARGET, normalise="sum"), "normalise must be one of batch_size"),
         (lambda: weighted_cross_entropy(LOGITS, TARGET, reduction="max"), "reduction must be one of mean, sum, none"),
@@ -313,7 +313,7 @@ LOGITS, TARGET = batch()
     ],
 )
 def test_wrong_arguments_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 
