@@ -309,6 +309,7 @@ def test_a_signal_at_any_moment_says_how_to_go_on(capsys, moment, name, status):
     press = ["--trainer.callbacks+=test_cli.Interrupt", f"--trainer.callbacks.moment={moment}"]
     press += [f"--trainer.callbacks.name={name}"]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background start without it
     try:
         assert main(["run", "quickstart", *SMALL, "--trainer.max_epochs=2", *press]) == status
         assert signal.getsignal(signal.SIGTERM) == handlers[0]

@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn
 from lightning_plugins.callbacks._borrow import tap_forward
@@ -143,7 +142,7 @@ class MixedSampleAugmentation(TrainingStepCallback):
         self.decay, self.max_soft = decay, max_soft
         self.soft_targets, self.num_classes, self.seed = soft_targets, num_classes, seed
         self._kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._accuracy = MeanMetric(nan_strategy="disable")
+        self._accuracies: list[Tensor] = []  # of this epoch's batches, on their device
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -157,7 +156,7 @@ class MixedSampleAugmentation(TrainingStepCallback):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._accuracy.to(pl_module.device).reset()
+        self._accuracies = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, idx: int) -> None:
         self._kept = None
@@ -166,10 +165,13 @@ class MixedSampleAugmentation(TrainingStepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, batch: Any, batch_idx: int
     ) -> STEP_OUTPUT:
         """Run the step on the mixed batch."""
-        targets = mixed_targets = self.batch_fn(batch)[1]
+        if self._is_over(trainer, batch_idx):
+            return step(batch, batch_idx)
+        inputs, targets = self.batch_fn(batch)
+        mixed_targets = targets
         generator = self._generator(trainer, batch_idx)
-        if self._mixes(trainer, batch_idx, generator):
-            inputs, targets = self.batch_fn(batch)
+        # The same draw comes first in every batch, whether it is needed or not.
+        if float(torch.rand((), generator=generator, dtype=torch.float64)) < self.prob:
             mixed, mixed_targets = self._mixed(pl_module, inputs, targets, generator)
             batch = self.replace(self.replace(batch, inputs, mixed), targets, mixed_targets)
         logits, output = _run(pl_module, step, batch, batch_idx)
@@ -182,7 +184,7 @@ class MixedSampleAugmentation(TrainingStepCallback):
                 "for a loss that takes labels (N, C)"
             )
         if logits is not None and len(logits) == len(mixed_targets):
-            self._accuracy.update(mixed_accuracy(logits, mixed_targets))
+            self._accuracies.append(mixed_accuracy(logits, mixed_targets))
         return output
 
     def on_train_batch_end(
@@ -191,21 +193,18 @@ class MixedSampleAugmentation(TrainingStepCallback):
         self._kept = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._accuracy.update_called:
-            pl_module.log("calibration/train_mixed_acc", self._accuracy.compute(), sync_dist=True)
-            self._accuracy.reset()
+        if self._accuracies:
+            pl_module.log("calibration/train_mixed_acc", torch.stack(self._accuracies).mean(), sync_dist=True)
+            self._accuracies = []
 
     def _is_share(self) -> bool:
         return isinstance(self.stop_epoch, float) and 0 < self.stop_epoch < 1
 
-    def _mixes(self, trainer: pl.Trainer, batch_idx: int, generator: torch.Generator) -> bool:
-        if self.stop_epoch is not None:
-            share = self._is_share()
-            now = training_progress(trainer, batch_idx) if share else epochs_done(trainer, batch_idx)
-            if now >= self.stop_epoch:
-                return False
-        # The same draw comes first in every batch, whether it is needed or not.
-        return float(torch.rand((), generator=generator, dtype=torch.float64)) < self.prob
+    def _is_over(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        if self.stop_epoch is None:
+            return False
+        now = training_progress(trainer, batch_idx) if self._is_share() else epochs_done(trainer, batch_idx)
+        return now >= self.stop_epoch
 
     def _mixed(
         self, pl_module: pl.LightningModule, inputs: Tensor, targets: Tensor, generator: torch.Generator

@@ -43,6 +43,8 @@ __all__ = [
     "weighted_mmce",
 ]
 
+_TINY = 1e-30  # what float32 can divide by
+
 
 @check_types
 @takes_mixed_labels
@@ -293,7 +295,7 @@ class MMCELoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits ``(N, C)`` and classes ``(N,)`` or soft labels ``(N, C)``."""
         measure = weighted_mmce if self.weighted else mmce
-        penalty = measure(logits, _classes(target), bandwidth=self.bandwidth)
+        penalty = measure(logits, _classes_for(logits, target), bandwidth=self.bandwidth)
         return F.cross_entropy(wide(logits), target) + self.strength * penalty
 
 
@@ -325,12 +327,7 @@ class SoftBinnedECELoss(nn.Module):
     @check_types
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits ``(N, C)`` and classes ``(N,)`` or soft labels ``(N, C)``."""
-        if target.shape not in (logits.shape, logits.shape[:1]):
-            raise ValueError(
-                "target must be classes (N,) or soft labels (N, C) for logits (N, C), got "
-                f"{tuple(target.shape)} for {tuple(logits.shape)}"
-            )
-        classes = _classes(target)
+        classes = _classes_for(logits, target)
         penalty = soft_binned_ece(logits, classes, num_bins=self.num_bins, temperature=self.temperature, p=self.p)
         return F.cross_entropy(wide(logits), target) + self.strength * penalty
 
@@ -364,8 +361,17 @@ def _classes(target: Tensor) -> Tensor:
     return target.argmax(1) if target.ndim == 2 else target
 
 
+def _classes_for(logits: Tensor, target: Tensor) -> Tensor:
+    if target.shape not in (logits.shape, logits.shape[:1]):
+        raise ValueError(
+            "target must be classes (N,) or soft labels (N, C) for logits (N, C), got "
+            f"{tuple(target.shape)} for {tuple(logits.shape)}"
+        )
+    return _classes(target)
+
+
 def _check_above_0(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not _TINY < value < math.inf:
         raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
 
 

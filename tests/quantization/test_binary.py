@@ -165,7 +165,7 @@ def test_regularizer_and_its_gradient(sign):
 @pytest.mark.parametrize("frequency", [0.0, -1.0, math.nan, math.inf, True])
 def test_wrong_frequencies(frequency):
     for function in (periodic_binary, periodic_regularizer, quantization_error):
-        with pytest.raises(ValueError, match="frequency must be positive and finite.*20.0"):
+        with pytest.raises(ValueError, match="frequency must be positive and finite.*20.0|frequency .*must be a number, got nan"):
             function(torch.zeros(1), frequency)
 
 
@@ -346,7 +346,7 @@ def test_wrong_conversions():
         convert_binary_(small_net(), exclude="3")
     with pytest.raises(ValueError, match="keep_real must be among .*got .'middle'"):
         convert_binary_(small_net(), keep_real=["middle"])
-    with pytest.raises(TypeError, match=r"write \['first'\]"):
+    with pytest.raises(TypeError, match="must be a sequence, each 'first' or"):
         convert_binary_(small_net(), keep_real="first")
     with pytest.raises(ValueError, match="estimator must be 'periodic' or 'sign'"):
         convert_binary_(small_net(), estimator="cosine")
