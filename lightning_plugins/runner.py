@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -54,6 +54,32 @@ class RunInterrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves each epoch over the one before; the last epoch once all other callbacks have ended the training.
+
+    Calibrators, searches and quantizers do their work when training ends. A checkpoint of the last epoch that is older
+    than that would leave a resumed run with nothing to train and their work undone.
+
+    Args:
+        path: the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, unless training ends here."""
+        over = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
+        over = over or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        if not over and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what training and its end have made."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path)
 
 
 class RecipeCLI(LightningCLI):
@@ -121,9 +147,7 @@ class RecipeCLI(LightningCLI):
             kwargs |= {"default_root_dir": str(self.run_dir), "logger": [*self.loggers, *_as_list(trainer.logger)]}
             callbacks = _as_list(trainer.callbacks)
             if trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-                callbacks.append(
-                    ModelCheckpoint(self.run_dir / "checkpoints", filename="last", enable_version_counter=False)
-                )
+                callbacks.append(LastCheckpoint(self.run_dir / "checkpoints" / "last.ckpt"))
             kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 

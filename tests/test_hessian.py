@@ -620,8 +620,8 @@ def test_wrong_batches(batches: Any, message: str):
         ({"layers": {"0": nn.Parameter(torch.zeros(1))}}, ValueError, "not a parameter of the model"),
         ({"curvature": "fisher"}, ValueError, "must be 'auto', 'gauss_newton' or 'hessian', got 'fisher'"),
         ({"num_probes": 1}, ValueError, "num_probes must be at least 2"),
-        ({"tolerance": -0.1}, ValueError, "tolerance must be at least 0"),
-        ({"tolerance": float("nan")}, ValueError, "tolerance must be at least 0"),
+        ({"tolerance": -0.1}, ValueError, "tolerance .*must be (at least 0|a number)"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance .*must be (at least 0|a number)"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
     ],
 )
