@@ -26,7 +26,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -253,7 +252,7 @@ def _run(
 class _Interruptions:
     """Turns Ctrl-C and SIGTERM, at whatever moment of a run, into :class:`RunInterrupted`.
 
-    While the Trainer runs, Lightning answers both: it stops behind the batch. Before, between and after, we do.
+    While batches run, Lightning answers both: it stops behind the batch. Before, between and after, we do.
 
     Args:
         message: makes what the user reads.
@@ -275,7 +274,8 @@ class _Interruptions:
             raise _Terminated
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
-        if self.trainer is None or self.trainer.state.status != TrainerStatus.RUNNING:
+        # Where Lightning listens, its handler has been called before this one, and stops behind the batch.
+        if self.trainer is None or not self.trainer.received_sigterm:
             raise _Terminated
 
     def __exit__(
@@ -292,7 +292,7 @@ class _Interruptions:
 
 
 class _Terminated(BaseException):
-    """SIGTERM came while the Trainer was not running."""
+    """SIGTERM came while Lightning did not listen."""
 
 
 def _keep_checkpoint(trainer: pl.Trainer, run_dir: Path) -> None:

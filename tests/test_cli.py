@@ -289,6 +289,10 @@ class Interrupt(pl.Callback):
     def __init__(self, moment: str, name: str) -> None:
         self.moment, self.signal = moment, signal.Signals[name]
 
+    def setup(self, trainer, pl_module, stage):
+        if self.moment == "setup of the test" and stage == "test":
+            os.kill(os.getpid(), self.signal)
+
     def on_train_epoch_start(self, trainer, pl_module):
         if self.moment == "fit" and trainer.current_epoch == 1:
             os.kill(os.getpid(), self.signal)
@@ -304,7 +308,7 @@ class Interrupt(pl.Callback):
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
-@pytest.mark.parametrize("moment", ["fit", "test", "export"])
+@pytest.mark.parametrize("moment", ["fit", "setup of the test", "test", "export"])
 def test_a_signal_at_any_moment_says_how_to_go_on(capsys, moment, name, status):
     press = ["--trainer.callbacks+=test_cli.Interrupt", f"--trainer.callbacks.moment={moment}"]
     press += [f"--trainer.callbacks.name={name}"]
