@@ -162,7 +162,7 @@ def trial(name: str, options: argparse.Namespace, folder: Path, rng: random.Rand
             os.kill(process.pid, SIGNALS[kind])  # type: ignore[arg-type]
             process.join(120)
         row: dict[str, Any] = {"signal": kind, "at": round(moment / seconds, 3), "exit": process.exitcode}
-        row["too late"] = ended
+        row["too late"] = ended or process.exitcode == 0
         row["hung"] = process.exitcode is None
         if row["hung"]:
             process.kill()
@@ -229,8 +229,8 @@ def main() -> None:
     if options.json and options.json.exists() and (old := json.loads(options.json.read_text()))["setting"] == setting:
         report["recipes"] = old["recipes"]
     for name in options.recipes:
-        if name in report["recipes"]:
-            continue
+        if name in report["recipes"] or "CIFAR" in str(yaml.safe_load(recipes.find(name).text).get("data")):
+            continue  # done, or of data that must be downloaded
         with tempfile.TemporaryDirectory() as folder:
             rng = random.Random(f"{options.seed} {name}")
             report["recipes"][name] = trial(name, options, Path(folder), rng)

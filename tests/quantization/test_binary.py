@@ -165,7 +165,9 @@ def test_regularizer_and_its_gradient(sign):
 @pytest.mark.parametrize("frequency", [0.0, -1.0, math.nan, math.inf, True])
 def test_wrong_frequencies(frequency):
     for function in (periodic_binary, periodic_regularizer, quantization_error):
-        with pytest.raises(ValueError, match="frequency must be positive and finite.*20.0|frequency .*must be a number, got nan"):
+        with pytest.raises(
+            ValueError, match="frequency must be positive and finite.*20.0|frequency .*must be a number, got nan"
+        ):
             function(torch.zeros(1), frequency)
 
 
