@@ -218,8 +218,7 @@ def _all(check: Check | None, values: Any) -> bool:
     # Other sequences may make their elements only when asked, such as images from files.
     if check is None or not isinstance(values, list | tuple | ValuesView) or len(values) > _MOST_ELEMENTS:
         return True
-    # Which of several numbers is NaN, and what that means, the function itself knows to say.
-    return all(check(value) or (isinstance(value, float) and math.isnan(value)) for value in values)
+    return all(check(value) for value in values)
 
 
 def _name_of(hint: Any) -> str:

@@ -432,7 +432,7 @@ def test_diverse_plans_hold_one_layer_elsewhere():
         ({"latency": {}}, "latency= is for unit='latency'"),
         ({"activation_bits": 8}, "activation_bits= is for unit='bops'"),
         ({"unit": "latency", "latency": {"a": {8: 1.0}}}, "no time for layer 'a' at 4 bits; measure it"),
-        ({"unit": "latency", "latency": {"a": {8: 1.0, 4: math.nan}}}, "no time for layer 'a' at 4 bits"),
+        ({"unit": "latency", "latency": {"a": {8: 1.0, 4: math.nan}}}, "each value a number or None, got .*nan"),
         ({"unit": "bops"}, "lacks for layer 'b'; make the table with an example input"),
         ({"pins": {"c*": 8}}, r"no layer of the table matches the pin 'c\*'; it has a, b"),
         ({"pins": {"a": 6}}, "layer 'a' is pinned to 6 bits, but the table has losses only at 8, 4"),
@@ -447,7 +447,7 @@ def test_wrong_use_says_what_to_do(options, message):
         "a": LayerSensitivity(1.0, {8: 0.0, 4: 1.0}, 0, macs=1),
         "b": LayerSensitivity(1.0, {8: 0.0, 4: 1.0, 2: 3.0}, 10),
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         allocate_bits(SensitivityTable("t", layers), **{"budget": 6} | options)
 
 
