@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-__all__ = ["check_types", "warn_caller"]
+__all__ = ["check_generator", "check_types", "warn_caller"]
 
 T = TypeVar("T", bound=Callable[..., Any])
 Check = Callable[[Any], bool]
@@ -69,6 +69,19 @@ def check_types(thing: T) -> T:
         cast(Any, thing).__init__ = _checked(init, thing.__name__)
         return thing
     return cast(T, _checked(thing, thing.__name__))
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Refuse what is neither a generator nor None, for functions that other functions of ours call.
+
+    Args:
+        generator: of random numbers.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got a {type(generator).__name__}")
 
 
 def warn_caller(message: str) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_plugins.checks import check_types
+from lightning_plugins.checks import check_generator, check_types
 
 __all__ = [
     "BatchMixing",
@@ -468,7 +468,7 @@ def fmix_mask(
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam!r}")
     _check_fmix(decay, max_soft)
-    _check_generator(generator)
+    check_generator(generator)
     device = torch.device("cpu") if generator is None else generator.device
     exact: dict[str, Any] = {"dtype": torch.float32, "device": device}
     axes = [torch.fft.fftfreq(length, **exact) for length in size[:-1]] + [torch.fft.rfftfreq(size[-1], **exact)]
@@ -505,7 +505,7 @@ class BatchMixing(nn.Module, ABC):
         super().__init__()
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
-        _check_generator(generator)
+        check_generator(generator)
         self.num_classes, self.generator = num_classes, generator
 
     @abstractmethod
@@ -828,15 +828,10 @@ def _masked(
 
 def _rng(generator: torch.Generator | None) -> np.random.Generator:
     """Return a numpy generator seeded by torch's; torch draws no Beta or Dirichlet values from a generator."""
-    _check_generator(generator)
+    check_generator(generator)
     device = "cpu" if generator is None else generator.device
     words = torch.randint(2**31, (4,), generator=generator, device=device)
     return np.random.default_rng(words.tolist())
-
-
-def _check_generator(generator: torch.Generator | None) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got a {type(generator).__name__}")
 
 
 def _dirichlet(

@@ -32,7 +32,7 @@ from lightning_plugins.calibration import (
 from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._composition import check_composition
 from lightning_plugins.callbacks._distributed import gather_rows
-from lightning_plugins.callbacks._variants import active_variant, variants
+from lightning_plugins.callbacks._variants import active_variant, variant_ending, variants
 from lightning_plugins.callbacks.calibration._logits import visit_batches
 from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
@@ -200,7 +200,7 @@ class PostHocCalibration(pl.Callback):
         paths = []
         for name, calibrator in self._by_state().items():
             state = {key: value.detach().cpu().contiguous() for key, value in calibrator.state_dict().items()}
-            paths.append(write_atomically(directory / f"calibrator{_ending(name)}.safetensors", save(state)))
+            paths.append(write_atomically(directory / f"calibrator{variant_ending(name)}.safetensors", save(state)))
         return [*paths, write_atomically(directory / "calibration.json", json.dumps(info, indent=2).encode())]
 
     # Collecting, during any validation
@@ -277,7 +277,7 @@ class PostHocCalibration(pl.Callback):
         self._calibrate_forward(trainer, pl_module, "test")
         device = pl_module.device
         self._test_ece, self._test_nll = {}, {}
-        for ending in map(_ending, self._by_state()):
+        for ending in map(variant_ending, self._by_state()):
             self._test_ece[f"before{ending}"] = CalibrationError(self.num_bins, input="logits").to(device)
             self._test_ece[f"after{ending}"] = CalibrationError(self.num_bins, input="log_probs").to(device)
             for when in ("before", "after"):
@@ -305,7 +305,7 @@ class PostHocCalibration(pl.Callback):
                 continue
             logits = by_state[name]
             for when, log_probs in (("before", logits.float().log_softmax(1)), ("after", calibrator(logits))):
-                key = f"{when}{_ending(name)}"
+                key = f"{when}{variant_ending(name)}"
                 self._test_ece[key].update(log_probs, labels)
                 self._test_nll[key].update(nn.functional.nll_loss(log_probs, labels, reduction="none"))
 
@@ -466,7 +466,7 @@ class PostHocCalibration(pl.Callback):
                 self._bins = bins
             values = {f"nll_{when}": float(calibrator.fit_info[f"nll_{when}"]) for when in bins}
             values |= {f"ece_{when}": each.ece for when, each in bins.items()} | calibrator.quantities()
-            metrics |= {f"calibration/{quantity}{_ending(name)}": value for quantity, value in values.items()}
+            metrics |= {f"calibration/{quantity}{variant_ending(name)}": value for quantity, value in values.items()}
         self.fitted_at_step = trainer.global_step
         return metrics
 
@@ -489,10 +489,6 @@ class PostHocCalibration(pl.Callback):
             scores = self.calibrator.scores()
             rows = [[name, value, "yes" if name == self.calibrator.chosen else ""] for name, value in scores.items()]
             log_table(trainer, "calibration/selection", columns, rows)
-
-
-def _ending(state: str) -> str:
-    return f"_{state}" if state else ""
 
 
 def _described(calibrator: Calibrator) -> dict[str, Any]:

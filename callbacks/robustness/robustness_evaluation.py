@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.callbacks._borrow import unobserved
 from lightning_plugins.callbacks._classes import class_counts
-from lightning_plugins.callbacks._variants import variants
+from lightning_plugins.callbacks._variants import variant_ending, variants
 from lightning_plugins.callbacks.robustness._attacking import PixelScale, generator_for
 from lightning_plugins.checks import check_types
 from lightning_plugins.gradients import grad_context, ordinary
@@ -302,8 +302,7 @@ class RobustnessEvaluation(pl.Callback):
         everything: dict[str, Tensor] = {}
         for state, metrics in self._metrics.items():
             results = self._results_of(trainer, metrics)
-            ending = f"_{state}" if state else ""
-            everything |= {f"{self._stage}/{name}{ending}": value for name, value in results.items()}
+            everything |= {f"{self._stage}/{name}{variant_ending(state)}": value for name, value in results.items()}
         clean, robust = (self._metrics[""][name][1].compute().cpu() for name in ("clean", "all"))
         self._figures = {"classes": (clean, robust), "stage": self._stage}
         if self._grid:

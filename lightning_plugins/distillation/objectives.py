@@ -23,6 +23,7 @@ from lightning_plugins.distillation.characteristic_function import (
 from lightning_plugins.distillation.flip import FlipUnion
 from lightning_plugins.distillation.pool import ClassPool, RealBatch
 from lightning_plugins.features import PenultimateFeatures, classifier_layer
+from lightning_plugins.modes import evaluation_mode
 
 __all__ = [
     "CalibrationTerm",
@@ -550,18 +551,14 @@ def images_per_tile(net: nn.Module, image_shape: tuple[int, ...], device: torch.
         if isinstance(output, Tensor):
             largest = max(largest, output.numel() * output.element_size())
 
-    modes = [(module, module.training) for module in net.modules()]
     try:
         hooks = [module.register_forward_hook(see) for module in net.modules()]
-        net.eval()
-        with torch.no_grad():
+        with evaluation_mode(net), torch.no_grad():
             dtype = next((value.dtype for value in net.parameters()), torch.float32)
             net(torch.zeros(1, *image_shape, device=device, dtype=dtype))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return max(1, (_CACHE_BYTES if device.type == "cpu" else _DEVICE_BYTES) // largest)
 
 

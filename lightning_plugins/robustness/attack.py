@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.checks import warn_caller
+from lightning_plugins.checks import check_generator, warn_caller
 from lightning_plugins.gradients import grad_context, ordinary
 from lightning_plugins.modes import evaluation_mode
 from lightning_plugins.robustness.perturbation import Bounds, Norm, PerturbationSet
@@ -186,8 +186,7 @@ def check_classes(name: str, classes: Tensor, logits: Tensor) -> None:
 
 def private_generator(generator: torch.Generator | None) -> torch.Generator:
     """Return the caller's generator, or one seeded with 0: the global one is never touched."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got a {type(generator).__name__}")
+    check_generator(generator)
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
