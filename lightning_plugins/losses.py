@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_plugins._mixed_labels import takes_mixed_labels
 from lightning_plugins.checks import check_types
-from lightning_plugins.mixing import takes_mixed_labels
 
 __all__ = ["FocalLoss", "Normalise", "Reduction", "focal_loss"]
 

@@ -9,13 +9,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.calibration import reliability_diagram
 from lightning_plugins.calibration._criteria import criterion_of
 from lightning_plugins.calibration._monitoring import CalibrationSums, accuracy_bands
-from lightning_plugins.callbacks._distributed import gather_rows
+from lightning_plugins.callbacks._distributed import gather_rows, num_repeated
 from lightning_plugins.callbacks.calibration._logits import check_logits
 from lightning_plugins.checks import check_types
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure
@@ -257,11 +256,7 @@ class CalibrationMonitor(pl.Callback):
         gathered = int(
             trainer.strategy.reduce(torch.tensor(self._count, device=trainer.strategy.root_device), reduce_op="sum")
         )
-        sampler = getattr(CombinedLoader(loaders).flattened[self.dataloader_idx], "sampler", None)
-        if not isinstance(sampler, DistributedSampler):
-            return 0
-        repeated = gathered - len(sampler.dataset)  # type: ignore[arg-type]
-        return repeated if 0 < repeated < trainer.world_size else 0
+        return num_repeated(trainer, CombinedLoader(loaders).flattened[self.dataloader_idx], gathered)
 
     def _gather_sums(self, trainer: pl.Trainer) -> int:
         """Add up the sums of all processes and return the number of samples."""

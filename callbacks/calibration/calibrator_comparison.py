@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.calibration import Calibrator
@@ -30,7 +29,7 @@ from lightning_plugins.calibration._comparison import (
 )
 from lightning_plugins.callbacks._borrow import borrow_attribute
 from lightning_plugins.callbacks._composition import check_composition
-from lightning_plugins.callbacks._distributed import gather_rows
+from lightning_plugins.callbacks._distributed import gather_rows, num_repeated
 from lightning_plugins.callbacks.calibration._logits import check_logits, visit_batches
 from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
@@ -264,9 +263,7 @@ class CalibratorComparison(pl.Callback):
 
     def _gathered(self, trainer: pl.Trainer, rows: list[tuple[Tensor, Tensor]], loader: Any) -> tuple[Tensor, Tensor]:
         logits, labels = (gather_rows(trainer, torch.cat(parts)) for parts in zip(*rows, strict=True))
-        sampler = getattr(loader, "sampler", None)
-        repeated = len(labels) - len(sampler.dataset) if isinstance(sampler, DistributedSampler) else 0  # type: ignore[arg-type]
-        total = len(labels) - (repeated if 0 < repeated < trainer.world_size else 0)
+        total = len(labels) - num_repeated(trainer, loader, len(labels))
         return logits[:total], labels[:total]
 
     def _fit(self, trainer: pl.Trainer, logits: Tensor, labels: Tensor) -> None:

@@ -15,7 +15,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
@@ -31,7 +30,7 @@ from lightning_plugins.calibration import (
 )
 from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._composition import check_composition
-from lightning_plugins.callbacks._distributed import gather_rows
+from lightning_plugins.callbacks._distributed import gather_rows, num_repeated
 from lightning_plugins.callbacks._variants import active_variant, variant_ending, variants
 from lightning_plugins.callbacks.calibration._logits import visit_batches
 from lightning_plugins.checks import check_types
@@ -447,7 +446,8 @@ class PostHocCalibration(pl.Callback):
         if not self._logits:
             self._refuse_no_data(f"validation loader {self.dataloader_idx} gave no batch")
         labels = gather_rows(trainer, torch.cat(self._labels))
-        total = len(labels) - self._num_repeated(trainer, len(labels))
+        loader = CombinedLoader(trainer.val_dataloaders).flattened[self.dataloader_idx]
+        total = len(labels) - num_repeated(trainer, loader, len(labels))
         labels = labels[:total]
         rows = {name: gather_rows(trainer, torch.cat(batches))[:total] for name, batches in self._logits.items()}
         self._logits, self._labels = {}, []
@@ -469,15 +469,6 @@ class PostHocCalibration(pl.Callback):
             metrics |= {f"calibration/{quantity}{variant_ending(name)}": value for quantity, value in values.items()}
         self.fitted_at_step = trainer.global_step
         return metrics
-
-    def _num_repeated(self, trainer: pl.Trainer, gathered: int) -> int:
-        """How many of the gathered rows, the last ones, repeat the first ones to make the processes' shares equal."""
-        loader = CombinedLoader(trainer.val_dataloaders).flattened[self.dataloader_idx]
-        sampler = getattr(loader, "sampler", None)
-        if not isinstance(sampler, DistributedSampler):
-            return 0
-        repeated = gathered - len(sampler.dataset)  # type: ignore[arg-type]
-        return repeated if 0 < repeated < trainer.world_size else 0
 
     def _draw(self, trainer: pl.Trainer, key: str) -> None:
         if self._bins and trainer.loggers:

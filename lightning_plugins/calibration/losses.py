@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins._mixed_labels import takes_mixed_labels
 from lightning_plugins.checks import check_types
 from lightning_plugins.losses import (
     FocalLoss,
@@ -27,7 +28,6 @@ from lightning_plugins.losses import (
     focal_loss,
     wide,
 )
-from lightning_plugins.mixing import takes_mixed_labels
 
 __all__ = [
     "DualFocalLoss",

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins._mixed_labels import MixedLabels
 from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.features import PenultimateFeatures
 from lightning_plugins.losses import checked_logits, wide
-from lightning_plugins.mixing import MixedLabels
 from lightning_plugins.robustness.reweighting import (
     balanced_softmax_loss,
     cdt_loss,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins._mixed_labels import takes_mixed_labels
 from lightning_plugins.checks import check_types
 from lightning_plugins.losses import ClassLoss as _ClassLoss
 from lightning_plugins.losses import FocalLoss, Normalise, Reduction, focal_loss
@@ -25,7 +26,6 @@ from lightning_plugins.losses import check_choice as _check_choice
 from lightning_plugins.losses import checked_logits as _logits
 from lightning_plugins.losses import per_class as _per_class
 from lightning_plugins.losses import reduced as _reduced
-from lightning_plugins.mixing import takes_mixed_labels
 
 __all__ = [
     "BalancedSoftmaxLoss",
