@@ -233,6 +233,18 @@ def bent(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*HCalibration")
+def test_the_step_halves_after_step_patience_epochs_without_a_better_ece():
+    logits, labels = bent(500)
+
+    def scores(step_patience: int | None) -> Tensor:
+        calibrator = HCalibration(select_by="nll", max_epochs=60, patience=20, step_patience=step_patience)
+        return calibrator.fit(logits, labels)(logits)
+
+    assert torch.equal(scores(None), scores(10))
+    assert not torch.equal(scores(1), scores(10))
+
+
+@pytest.mark.filterwarnings("ignore:.*HCalibration")
 @pytest.mark.parametrize("select_by", ["debiased_ece", "classwise_ece", "ece", "nll"])
 def test_the_state_that_is_kept_is_the_best_by_the_selector(select_by):
     logits, labels = bent(1000)
