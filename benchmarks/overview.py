@@ -1,16 +1,18 @@
-"""Gather every goal and every claim from the committed results into the tables of docs/results.md.
+"""Gather every goal, every speed comparison and every claim from the committed results into docs/results.md's tables.
 
     python benchmarks/overview.py
 
-Reads benchmarks/results/*.json, which the scripts beside it wrote, and writes docs/results/goals.md and
-docs/results/claims.md. Nothing in them is typed by hand; a test holds them against the files.
+Reads benchmarks/results/*.json, which the scripts beside it wrote, and writes docs/results/goals.md, accuracy_goals.md,
+speed.md and claims.md. Nothing in them is typed by hand; a test holds them against the files.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = ROOT / "docs" / "results"
+PAGES = {"Callbacks and starting", "Growth"}  # families whose tables are included by themselves
 Report = dict[str, Any]
 
 
@@ -168,6 +171,89 @@ GOALS = (
         "calibration/h_calibration",
         least=True,
     ),
+    Goal(
+        "the costliest idle callback, µs of CPU time a step",
+        "speed_overhead",
+        15,
+        lambda report: report["worst_idle_cpu_us"],
+        "results",
+    ),
+    Goal(
+        "the costliest recording callback, µs of CPU time a step",
+        "speed_overhead",
+        60,
+        lambda report: report["worst_recording_cpu_us"],
+        "results",
+    ),
+)
+
+
+def published_size(images: int, method: str = "NCFM") -> Callable[[Report], float]:
+    """Accuracy of a distilled set where the study ran at the size of the published tables; a KeyError elsewhere."""
+
+    def read(report: Report) -> float:
+        settings = report["settings"]
+        if settings["width"] != 128 or settings["pool"] != 60_000 or settings["iterations"] < 20_000:
+            raise KeyError("not the published size")
+        found = [run["distilled_acc"] for name, run in report["runs"].items() if name.startswith(f"{method}|{images}|")]
+        if not found:
+            raise KeyError(method)
+        return statistics.fmean(found)
+
+    return read
+
+
+def gap(report: Report) -> float:
+    """The largest difference to a peer over seeds, in points of robust accuracy."""
+    ours = report["pgd"]["lightning-plugins"]
+    return max(abs(a - b) for peer in report["pgd"].values() for a, b in zip(ours, peer, strict=True))
+
+
+POST_HOC = "calibration/post_hoc"
+ACCURACY_GOALS = (
+    Goal("PGD-40, robust accuracy, points from a peer's", "attack_peers", 0.3, gap, ROBUSTNESS),
+    Goal(
+        "PGD-10 in bfloat16 on the copy, points from fp32's",
+        "speed_robustness",
+        0.3,
+        lambda report: 100 * abs(report["accuracies"]["copy in bfloat16"] - report["accuracies"]["net"]),
+        ROBUSTNESS,
+    ),
+    Goal(
+        "ECE after h-calibration, WRN-16-4 on CIFAR-100, %",
+        "post_hoc",
+        1.9,
+        lambda report: report["checks"]["ECE after h-calibration, WideResNet-16-4, CIFAR-100"]["found"],
+        POST_HOC,
+    ),
+    Goal(
+        "the same, mean of three other splits, %",
+        "h_calibration",
+        1.9,
+        lambda report: statistics.fmean(
+            run["default"]["ece"] for name, run in report["runs"].items() if "wideresnet-16-4" in name
+        ),
+        "calibration/h_calibration",
+    ),
+    *(
+        Goal(
+            f"NCFM, Fashion-MNIST, {images} a class, ConvNet-3 of width 128, %",
+            "distillation",
+            bound,
+            published_size(images),
+            DISTILLATION,
+            least=True,
+        )
+        for images, bound in ((1, 81.0), (10, 86.8), (50, 89.1))
+    ),
+    Goal(
+        "the same, 1 a class, four to an image (rho 2), %",
+        "distillation",
+        79.5,
+        published_size(1, "NCFM, rho 2"),
+        DISTILLATION,
+        least=True,
+    ),
 )
 
 # The claim studies and the page that has their full tables.
@@ -178,6 +264,7 @@ STUDIES = {
     "biper": "quantization/binary",
     "attack_peers": "robustness/adversarial_training",
     "imbalanced_robustness": "robustness/adversarial_training",
+    "disparity": "robustness/disparity",
     "distillation": "distillation/evaluation",
     "flip": "distillation/flip",
     "temperature_scaling": "calibration/temperature_scaling",
@@ -214,9 +301,19 @@ def link(page: str) -> str:
 
 
 def goals() -> str:
-    """The table of goals."""
+    """The goals of speed and size."""
+    return judged(GOALS)
+
+
+def accuracy_goals() -> str:
+    """The goals of accuracy."""
+    return judged(ACCURACY_GOALS)
+
+
+def judged(goals: Iterable[Goal]) -> str:
+    """A table of goals and of what was reached."""
     lines = ["| figure | goal | reached | | method |", "| --- | --- | --- | --- | --- |"]
-    for goal in GOALS:
+    for goal in goals:
         report, found = load(goal.file), None
         if report is not None:
             try:
@@ -231,6 +328,17 @@ def goals() -> str:
         met = found >= goal.bound if goal.least else found <= goal.bound
         lines.append(f"| {goal.what} | {bound} | {found:.3g} | {'met' if met else 'missed'} | {link(goal.page)} |")
     return "\n".join(lines) + "\n"
+
+
+def speed() -> str:
+    """The tables of all speed scripts, by family."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "speed" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    families = (f"### {title}\n\n{tables.family(RESULTS, title)}" for title in tables.FAMILIES if title not in PAGES)
+    return "\n".join(families)
 
 
 def said(report: Report) -> Iterator[tuple[str, str]]:
@@ -268,8 +376,13 @@ def claims() -> str:
 
 
 def main() -> None:
-    """Write both tables."""
-    for name, text in {"goals": goals(), "claims": claims()}.items():
+    """Write all tables."""
+    for name, text in {
+        "goals": goals(),
+        "accuracy_goals": accuracy_goals(),
+        "speed": speed(),
+        "claims": claims(),
+    }.items():
         (TABLES / f"{name}.md").write_text(text)
         print(text)
 

@@ -10,8 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 Trait = Callable[[pl.Callback], bool]
+
+_SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 def _has(*names: str) -> Trait:
@@ -170,12 +173,20 @@ def refusal(first: pl.Callback, second: pl.Callback) -> str | None:
 
 
 def check_composition(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that would undo each other, before any of them has touched the module.
+    """Refuse callbacks that would undo each other, or that the strategy leaves without what they need.
+
+    Called in ``setup``, before any of them has touched the module.
 
     Raises:
-        MisconfigurationException: for the first such pair, with the reason and the remedy.
+        MisconfigurationException: for the first such pair or callback, with the reason and the remedy.
     """
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    if isinstance(trainer.strategy, _SHARDING):
+        for callback in filter(_has("needs_whole_weights"), callbacks):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} needs each layer's weights in one piece, which "
+                f"{type(trainer.strategy).__name__} shards; use strategy='ddp'"
+            )
     for first, second in combinations(callbacks, 2):
         if message := refusal(first, second):
             raise MisconfigurationException(message)

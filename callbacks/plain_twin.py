@@ -45,7 +45,7 @@ class PlainTwin(HasVariants, pl.Callback):
     Raises:
         ValueError: for an empty name or one with a slash.
         MisconfigurationException: in ``setup``, if a callback that takes part in training stands before this one, or
-            data were handed to ``fit`` as loaders.
+            data were handed to ``fit`` as loaders, or the strategy shards weights.
 
     Example:
         >>> from lightning_plugins.callbacks import MultiPrecisionQAT, PlainTwin
@@ -55,6 +55,7 @@ class PlainTwin(HasVariants, pl.Callback):
 
     another_net = True
     copies_module = True
+    needs_whole_weights = True
 
     @check_types
     def __init__(self, name: str = "fp32") -> None:

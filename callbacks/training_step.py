@@ -113,10 +113,11 @@ class TrainingStepCallback(pl.Callback):
         replays_batch: it runs the step on another batch than the one it got.
         repeats_step: it runs the step more than once for one gradient.
         backpropagates: it backpropagates losses itself, by :meth:`backward` or in optimizer steps of its own.
+        needs_whole_weights: it reads or changes weights, so strategies that shard them are refused.
 
     Raises:
         MisconfigurationException: in ``setup``, for a module with manual optimization or with a ``dataloader_iter``
-            step, and beside callbacks that it cannot work with in this order.
+            step, beside callbacks that it cannot work with in this order, and under a strategy that it cannot.
 
     Example:
         >>> from lightning_plugins.callbacks import TrainingStepCallback
@@ -139,6 +140,7 @@ class TrainingStepCallback(pl.Callback):
     replays_batch = False
     repeats_step = False
     backpropagates = False
+    needs_whole_weights = False
     _chain: _StepChain | None = None
 
     @check_types

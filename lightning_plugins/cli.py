@@ -137,9 +137,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         recipe = recipes.find(arguments.name)  # before torch is imported: a typing error is answered at once
     except ValueError as error:
         return _fail(error)
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from rich.console import Console
 
-    from lightning_plugins.runner import RunInterrupted, run
+    with Console(stderr=True).status("loading torch and Lightning"):  # many seconds; a log file gets nothing of it
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from lightning_plugins.runner import RunInterrupted, run
 
     try:
         with warnings.catch_warnings():

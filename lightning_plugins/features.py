@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_plugins.checks import check_types
@@ -28,8 +30,10 @@ def classifier_layer(model: nn.Module) -> nn.Linear:
 class PenultimateFeatures:
     """Remember what goes into a model's classifier while the ``with`` block runs.
 
+    Compiled code passes hooks by, so what ``torch.compile`` made runs eagerly inside of the block.
+
     Args:
-        model: any module; a compiled one inside of it is called as it was compiled and may pass the hook by.
+        model: any module.
         output_of: name of the module whose output are the features; default: what goes into the last linear layer.
 
     Raises:
@@ -49,7 +53,8 @@ class PenultimateFeatures:
         if output_of is None:
             self.layer: nn.Module = classifier_layer(model)
         else:
-            named = {name: module for name, module in model.named_modules() if name}
+            # torch.compile keeps a module under this name; the user knows the layer without it.
+            named = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules() if name}
             # Inside a wrapper the name has the wrapper's prefix.
             found = [module for name, module in named.items() if f".{name}".endswith(f".{output_of}")]
             if not found:
@@ -57,18 +62,22 @@ class PenultimateFeatures:
             self.layer = found[0]
         self.output_of = output_of
         self._last: Tensor | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> PenultimateFeatures:
+        if not torch.compiler.is_compiling():  # inside of compiled code a stance is refused, and hooks are traced
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         if self.output_of is None:
-            self._handle = self.layer.register_forward_pre_hook(self._see_input)
+            handle = self.layer.register_forward_pre_hook(self._see_input)
         else:
-            self._handle = self.layer.register_forward_hook(self._see_output)
+            handle = self.layer.register_forward_hook(self._see_output)
+        self._stack.callback(handle.remove)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.remove()
+        self._stack.close()
 
     def _see_input(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._last = args[0]
@@ -85,7 +94,7 @@ class PenultimateFeatures:
         """
         if self._last is None:
             raise RuntimeError(
-                "the layer of the features was not called, so there are no features; a compiled model passes hooks by: "
-                "train with the plain one, or compile only the part before its classifier"
+                "the layer of the features was not called, so there are no features; call the model inside the block, "
+                "or name another layer"
             )
         return self._last

@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.autograd import grad
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_plugins._curvature import (
     Curvature,
@@ -34,6 +34,7 @@ from lightning_plugins._curvature import (
     over_processes,
     tensor_outputs,
 )
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.checks import check_types
 
 __all__ = [
@@ -540,5 +541,4 @@ def _seed_of_process(seed: int) -> int:
 
 def _progress_bar(progress: bool | None, title: str, total: int | None) -> tqdm:
     hidden = progress is False or total == 0 or (distributed() and torch.distributed.get_rank() != 0)
-    shown = False if progress else None  # None: on a terminal only, not in a log file
-    return tqdm(desc=title, total=total, disable=hidden or shown, delay=0 if progress else 3, leave=False)
+    return progress_bar(title=title, total=total, show=False if hidden else progress)

@@ -19,6 +19,7 @@ from lightning_plugins.files import write_atomically
 __all__ = ["write_report"]
 
 _MAX_TILES = 6
+_HEADLINES = ("acc", "robust_acc", "robust_acc_balanced", "ece_after")  # of the tiles, where they were measured
 _MAX_CHARTS = 12
 _MAX_ROWS = 50
 _MAX_POINTS = 300
@@ -48,8 +49,9 @@ def write_report(
         folder: the run's folder.
         title: heading. Default: the recipe's name, else the folder's.
         description: one sentence on what the run did. Default: the one in ``results.json``.
-        headline: names of the figures that become tiles, in this order. Default: the first six ``test/...``, or the
-            first six if nothing was tested.
+        headline: names of the figures that become tiles, in this order. Default: six ``test/...``, or of all if nothing
+            was tested: accuracy, robust accuracy and calibrated ECE first, then the others, and of a net in several
+            states (``test/acc_8bit``, ``test/acc_4bit``) one figure of each quantity.
 
     Returns:
         The path of the report. An earlier one is replaced, whole or not at all.
@@ -76,7 +78,7 @@ def write_report(
     if missing := [name for name in headline if name not in figures]:
         raise ValueError(f"headline names {missing}, but the figures are {sorted(figures)}; name some of those")
     if not headline:
-        headline = ([name for name in figures if name.startswith("test/")] or list(figures))[:_MAX_TILES]
+        headline = _headline([name for name in figures if name.startswith("test/")] or list(figures))
     tiles = {name: figures[name] for name in headline}
     others = [
         [_path(_without_stage(name)), _figure(name, value)] for name, value in figures.items() if name not in tiles
@@ -210,6 +212,14 @@ def _newest_media(folder: Path, suffix: str) -> list[_Medium]:
 # Words and numbers
 
 
+def _headline(names: Sequence[str]) -> list[str]:
+    quantities: dict[str, str] = {}
+    for name in names:
+        quantities.setdefault(re.sub(r"_(\d+bit|fp32)$", "", _without_stage(name)), name)
+    first = [quantities.pop(quantity) for quantity in _HEADLINES if quantity in quantities]
+    return [*first, *quantities.values()][:_MAX_TILES]
+
+
 def _without_stage(name: str) -> str:
     return name.removeprefix("test/")
 
@@ -229,8 +239,8 @@ def _path(key: str) -> str:
 
 
 def _is_share(name: str, values: Iterable[float]) -> bool:
-    """Whether a percentage reads better: an accuracy on the scale from 0 to 1."""
-    return bool(_ACCURACIES & set(_words(name))) and all(0 <= value <= 1 for value in values)
+    """Whether a percentage reads better: an accuracy or an agreement on the scale from 0 to 1."""
+    return bool((_ACCURACIES | {"agreement"}) & set(_words(name))) and all(0 <= value <= 1 for value in values)
 
 
 def _number(value: Any) -> str:
@@ -297,7 +307,7 @@ def _picture(medium: _Medium) -> str:
             (width, height), text = image.size, str(image.info.get("Description", ""))
     except (OSError, SyntaxError):  # PIL's words for a damaged PNG
         return f"<figure><figcaption>{medium.caption('This picture is damaged.')}</figcaption></figure>"
-    style = ""
+    style = ' class="long"' if width > 2.2 * height else ""
     if width < 200:  # a few pixels: enlarged by a whole factor, with hard edges
         style = f' style="width:{width * math.ceil(240 / width)}px;image-rendering:pixelated"'
     name = escape(text or medium.key)
@@ -316,7 +326,7 @@ def _table_file(medium: _Medium, *, readable: bool = False) -> str:
     cells = cells[:_MAX_ROWS]
     if readable:
         columns, cells = _readable(columns, cells)
-    return _table(medium.caption(note), columns, cells, escaped=True)
+    return _table(medium.caption(note), columns, cells, escaped=True, rounded=readable)
 
 
 def _readable(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
@@ -336,11 +346,19 @@ def _readable(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[li
     return names, [[rounded(text, share) for text, share in zip(row, shares, strict=False)] for row in rows]
 
 
-def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, escaped: bool = False) -> str:
+def _table(
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    escaped: bool = False,
+    rounded: bool = False,
+) -> str:
     def cell(text: str, tag: str = "td") -> str:
         number = _is_number(text)
         # Whole numbers as they are: 4 digits would turn 12345678 into another one.
-        shown = _number(float(text)) if number and not re.fullmatch(r"[+-]?\d+", text) else text
+        whole = rounded or re.fullmatch(r"[+-]?\d+", text)
+        shown = _number(float(text)) if number and not whole else text
         return f"<{tag}{' class=number' if number else ''}>{escape(shown)}</{tag}>"
 
     numeric = [any(_is_number(row[i]) for row in rows if i < len(row)) for i in range(len(columns))]
@@ -537,6 +555,8 @@ details pre { margin-top: 0.9rem; }
   svg text { font-size: 13.5px !important; } /* the drawing is scaled down here */
   .curves-parts, .pictures-parts { grid-template-columns: minmax(0, 1fr); }
   figure { padding: 0.9rem; }
+  .wide:has(.long) { overflow-x: auto; }
+  .long { max-width: none; width: 48rem; } /* several panels side by side: to scroll rather than to guess */
 }
 @media print { body { background: #fff; } figure, .tiles li { break-inside: avoid; } }
 """

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -73,12 +74,12 @@ class LastCheckpoint(Checkpoint):
         over = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
         over = over or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         if not over and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path)
+            _save_checkpoint(trainer, self.path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what training and its end have made."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path)
+            _save_checkpoint(trainer, self.path)
 
 
 class RecipeCLI(LightningCLI):
@@ -298,7 +299,21 @@ class _Terminated(BaseException):
 def _keep_checkpoint(trainer: pl.Trainer, run_dir: Path) -> None:
     """Save the checkpoint of a run that was resumed when all its training was done, and so saved none itself."""
     if trainer.strategy.broadcast(not any(run_dir.glob("checkpoints/*.ckpt"))):
-        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+        _save_checkpoint(trainer, run_dir / "checkpoints" / "last.ckpt")
+
+
+def _save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
+    """Save a checkpoint beside the old one, then put it in its place.
+
+    Lightning writes into the machine's temporary folder first and moves the file from there: from another disk that is
+    a copy, which may be cut short by a kill or a full disk when the old file is lost already.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    trainer.save_checkpoint(beside)
+    if trainer.is_global_zero:
+        if path.is_dir():  # some strategies save a folder
+            shutil.rmtree(path)
+        os.replace(beside, path)
 
 
 def find_checkpoint(path: str) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import DemoModel
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from lightning_plugins.calibration import TemperatureScaling, VectorScaling
 from lightning_plugins.callbacks import (
@@ -76,6 +82,7 @@ class Row:
         needs_validation: a run without validation data is refused.
         changes_training: the trained weights differ from those of a run without it.
         changes_structure: the module is another one afterwards, and its checkpoints say so to a plain module.
+        needs_whole_weights: strategies that shard weights are refused; so are they by what changes the structure.
         refuses: the Trainer flags, by their names below, that it cannot work with.
         restore: undoes the change of structure.
         load: converts a plain module as a checkpoint says, and loads it.
@@ -87,6 +94,7 @@ class Row:
     needs_validation: bool = False
     changes_training: bool = False
     changes_structure: bool = False
+    needs_whole_weights: bool = False
     refuses: tuple[str, ...] = ()
     restore: Callable[..., Any] = restore_
     load: Callable[..., Any] = load_converted
@@ -108,7 +116,9 @@ def trades(**arguments: Any) -> AdversarialTraining:
 CALLBACKS = {
     "AdversarialTraining": Row(partial(AdversarialTraining, ATTACK, **PIXELS), changes_training=True),
     "AdversarialTraining, TRADES": Row(trades, changes_training=True),
-    "AdversarialWeightPerturbation": Row(AdversarialWeightPerturbation, changes_training=True, argument="gamma"),
+    "AdversarialWeightPerturbation": Row(
+        AdversarialWeightPerturbation, changes_training=True, needs_whole_weights=True, argument="gamma"
+    ),
     "BinaryQAT": Row(
         partial(BinaryQAT, stage_split=1, keep_real=()),
         changes_training=True,
@@ -127,7 +137,9 @@ CALLBACKS = {
     "CalibratorComparison": Row(
         partial(CalibratorComparison, [TemperatureScaling(), VectorScaling()], num_bootstrap=2)
     ),
-    "CatastrophicOverfittingGuard": Row(partial(CatastrophicOverfittingGuard, ATTACK, drop=1.0, **PIXELS)),
+    "CatastrophicOverfittingGuard": Row(
+        partial(CatastrophicOverfittingGuard, ATTACK, drop=1.0, **PIXELS), needs_whole_weights=True
+    ),
     "FreeAdversarialTraining": Row(
         partial(FreeAdversarialTraining, 0.02, num_replays=2, **PIXELS),
         changes_training=True,
@@ -164,12 +176,16 @@ CALLBACKS = {
         changes_structure=True,
         paired=HEAD_AS_IT_IS,
     ),
-    "ClassifierHeadCalibration": Row(partial(ClassifierHeadCalibration, 20, num_epochs=2), changes_training=True),
-    "NeuralCollapseMonitor": Row(partial(NeuralCollapseMonitor, num_samples=30, mixed=True)),
-    "PlainTwin": Row(PlainTwin, argument="name"),
+    "ClassifierHeadCalibration": Row(
+        partial(ClassifierHeadCalibration, 20, num_epochs=2), changes_training=True, needs_whole_weights=True
+    ),
+    "NeuralCollapseMonitor": Row(partial(NeuralCollapseMonitor, num_samples=30, mixed=True), needs_whole_weights=True),
+    "PlainTwin": Row(PlainTwin, needs_whole_weights=True, argument="name"),
     "PostHocCalibration": Row(PostHocCalibration, needs_validation=True),
     "PostTrainingQuantization": Row(
-        partial(PostTrainingQuantization, num_samples=16, num_steps=4, batch_size=8), paired={"pipeline": "light"}
+        partial(PostTrainingQuantization, num_samples=16, num_steps=4, batch_size=8),
+        needs_whole_weights=True,
+        paired={"pipeline": "light"},
     ),
     "RobustnessEvaluation": Row(
         partial(RobustnessEvaluation, ATTACK, {"fgsm": FGSMAttack(0.02)}, eps_grid=[0.01], **PIXELS)
@@ -382,6 +398,51 @@ def test_two_processes_agree(tmp_path, row):
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same_weights(first[0], second[0])
     torch.testing.assert_close(first[1], second[1], rtol=0, atol=0)
+
+
+class Sharded(TinyModule):
+    """Shards each layer over the processes where the strategy has a mesh of them, by torch's FSDP2."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
+            for part in (self.net[0], self.net[2], self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def _fit_in_two_processes(rank: int, port: int, folder: Path, make: Callable[[], pl.Callback]) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ.update(address)
+    outcomes = []
+    for strategy in ModelParallelStrategy(2, 1, process_group_backend="gloo"), "ddp":
+        module, callback = Sharded(batch_size=8), make()
+        trainer = make_trainer(folder, 1, callback, strategy=strategy, devices=2, limit_train_batches=3)
+        trainer.fit(module)
+        measured = trainer.test(module, verbose=False)[0]
+        whole = {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in weights(module).items()
+        }
+        outcomes.append((whole, callback.state_dict(), measured))
+    torch.save(outcomes, folder / f"rank-{rank}.pt")
+
+
+@pytest.mark.processes
+def test_sharded_weights_train_to_the_same_or_are_refused(tmp_path, row):
+    """FSDP2 on two processes, the one sharded strategy that starts without a GPU."""
+    if row.changes_structure or row.needs_whole_weights:
+        for strategy in FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy:
+            callback, module = row.make(), TinyModule()
+            trainer = make_trainer(tmp_path, 1, callback)
+            trainer._accelerator_connector.strategy = strategy.__new__(strategy)  # a real one wants a GPU
+            with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} shards; use strategy='ddp'"):
+                callback.setup(trainer, module, "fit")
+            assert module.state_dict().keys() == TinyModule().state_dict().keys()
+        return
+    arguments = (find_free_network_port(), tmp_path, row.make)
+    torch.multiprocessing.start_processes(_fit_in_two_processes, arguments, nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        sharded, whole = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(sharded, whole)
 
 
 def test_hyper_parameters_reach_the_loggers(tmp_path, row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,7 +21,7 @@ import torch
 import yaml
 from test_logging import read_wandb_records
 
-from lightning_plugins import recipes
+from lightning_plugins import recipes, runner
 from lightning_plugins.cli import main
 from lightning_plugins.data import DigitsDataModule
 from lightning_plugins.modules import ImageClassifier
@@ -138,16 +141,15 @@ def test_a_run_leaves_everything_behind_and_the_next_one_leaves_it_alone(capsys)
     assert again["metrics"] == results["metrics"]  # the seed fixes everything
 
 
+class Stopped(datetime):
+    """A clock on which all runs start in one second."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime(2030, 1, 2, 3, 4, 5)
+
+
 def test_runs_within_one_second_get_folders_of_their_own(monkeypatch):
-    from datetime import datetime
-
-    from lightning_plugins import runner
-
-    class Stopped(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime(2030, 1, 2, 3, 4, 5)
-
     monkeypatch.setattr(runner, "datetime", Stopped)
     for _ in range(3):
         assert main(["run", "quickstart", *SMALL, "--trainer.fast_dev_run=true"]) == 0
@@ -250,6 +252,48 @@ def test_a_run_folder_that_cannot_be_made(capsys):
     assert "cannot be made: " in (error := fails(capsys, "run", "quickstart", "--root=taken"))
     assert "choose another --root" in error
     assert Path("taken").read_text() == "a file"
+
+
+@pytest.mark.processes
+def test_runs_at_once_in_one_folder_do_not_mix(monkeypatch):
+    """A recipe, another one, and two runs that go on from the same third, each in a process of its own."""
+    monkeypatch.setattr(runner, "datetime", Stopped)
+    assert main(["run", "quickstart", *SMALL, "--root=alone"]) == 0
+    (alone,) = run_folders(root="alone")
+    logged = ["quickstart", "--seed_everything=1", *["--logger=tensorboard"] * bool(find_spec("tensorboard"))]
+    resumed = ["quickstart", "--trainer.max_epochs=2", f"--resume={alone}"]
+    commands = [logged, ["robustness/fast"], resumed, resumed]
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(len(commands))
+
+    def start(command):
+        barrier.wait(60)
+        sys.exit(main(["run", command[0], *SMALL, *command[1:]]))
+
+    processes = [context.Process(target=start, args=(command,)) for command in commands]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
+    folders = run_folders("robustness/fast") + run_folders()
+    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert len(folders) == 4
+    for folder, result in zip(folders, results, strict=True):
+        command = shlex.split(result["command"])
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert command[2] == result["recipe"] == folder.parent.relative_to("runs").as_posix()
+        assert config["seed_everything"] == result["seed"] == ("--seed_everything=1" in command)
+        checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["epoch"] == config["trainer"]["max_epochs"]
+        steps = [row.split(",") for row in (folder / "metrics.csv").read_text().splitlines()]
+        assert {len(row) for row in steps} == {len(steps[0])}
+        writers = {path.name.split(".")[-2] for path in folder.rglob("events.out.*")}  # process numbers
+        assert len(writers) == ("--logger" in command)
+        assert (folder / "report.html").exists()
+    heads = [weights(folder)["model.fc.weight"] for folder in (alone, *folders[1:])]
+    same = [[torch.equal(one, other) for other in heads].count(True) for one in heads]
+    assert sorted(same) == [1, 1, 2, 2]  # the two that went on have trained the same
 
 
 class PressCtrlC(pl.Callback):

@@ -50,7 +50,8 @@ from lightning_plugins.quantization import (
 )
 from lightning_plugins.report import write_report
 from lightning_plugins.robustness import auto_attack_dataset
-from lightning_plugins.runner import _make_run_dir, find_checkpoint
+from lightning_plugins.runner import LastCheckpoint, _make_run_dir, find_checkpoint
+from toys import TinyModule, make_trainer
 
 PLACES = 64
 
@@ -314,6 +315,27 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
         made = list(threads.map(lambda _: _make_run_dir(str(tmp_path), "recipe"), range(24)))
     assert len(set(made)) == 24
     assert all(path.is_dir() for path in made)
+
+
+def test_a_checkpoint_that_is_cut_on_its_way_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    """The machine's temporary folder is on another disk, from which Lightning's file arrives piece by piece."""
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    make_trainer(tmp_path, 1, LastCheckpoint(path), enable_checkpointing=True).fit(TinyModule())
+    before = path.read_bytes()
+
+    def cut(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:100])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.move", cut)
+        with pytest.raises(OSError, match="No space left"):
+            make_trainer(tmp_path, 2, LastCheckpoint(path), enable_checkpointing=True).fit(TinyModule())
+    assert path.read_bytes() == before
+    assert find_checkpoint(str(tmp_path)) == str(path)
+    make_trainer(tmp_path, 2, LastCheckpoint(path), enable_checkpointing=True).fit(TinyModule())
+    assert path.read_bytes() != before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_two_writers_of_one_file_leave_the_whole_file_of_one(tmp_path):

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_plugins.callbacks import BinaryQAT, MultiPrecisionQAT, TrainingStepCallback
+from lightning_plugins.callbacks import TrainingStepCallback
 from test_callbacks import CALLBACKS, Row
 from toys import NUM_CLASSES, TinyModule, make_trainer, toy_data, weights
 
@@ -231,13 +230,3 @@ def test_flags(tmp_path, row, flags):
         pytest.skip("refused, see test_callbacks")
     steps = {"max_steps": 3} if "max_epochs" in flags else {}
     make_trainer(tmp_path, 1, row.make(), **flags, **steps).fit(TinyModule())
-
-
-@pytest.mark.parametrize("callback", [MultiPrecisionQAT((8, 4)), BinaryQAT()], ids=["MultiPrecisionQAT", "BinaryQAT"])
-def test_sharded_strategies_are_refused_by_what_converts_layers(tmp_path, callback):
-    trainer, module = make_trainer(tmp_path, 1, callback), TinyModule()
-    strategy = FSDPStrategy.__new__(FSDPStrategy)  # a real one starts with a GPU alone
-    trainer._accelerator_connector.strategy = strategy
-    with pytest.raises(MisconfigurationException, match="FSDPStrategy shards; use strategy='ddp'"):
-        callback.setup(trainer, module, "fit")
-    assert module.state_dict().keys() == TinyModule().state_dict().keys()

@@ -197,6 +197,22 @@ def test_figures_of_the_test(run_folder):
     assert ("li", "class", "bad") in page.attributes
 
 
+def test_tiles_are_what_one_looks_for_and_one_of_each_quantity(tmp_path):
+    names = ["acc_bits_mean", "acc_8bit", "acc_4bit", "nll", "ece_before", "ece_after", "robust_acc_8bit", "robust_acc"]
+    metrics = {f"test/{name}": 0.5 for name in names}
+    (tmp_path / "results.json").write_text(json.dumps({"recipe": "edge", "metrics": metrics}))
+    page = read(write_report(tmp_path))
+    titles = [value for tag, name, value in page.attributes if (tag, name) == ("li", "title")]
+    assert titles == [
+        "test/acc_8bit",
+        "test/robust_acc_8bit",
+        "test/ece_after",
+        "test/acc_bits_mean",
+        "test/nll",
+        "test/ece_before",
+    ]
+
+
 def test_headline_chooses_and_the_rest_is_a_table(run_folder):
     page = read(write_report(run_folder, title="Quickstart", headline=["test/nll"]))
     assert [value for tag, name, value in page.attributes if (tag, name) == ("li", "title")] == ["test/nll"]

@@ -24,6 +24,8 @@ def measure_all(
     run: Callable[[str, int, dict[str, Any], dict[str, int]], dict[str, Any]],
     verdicts: Callable[[list[Runs]], dict[str, str]],
     table: Callable[[list[Runs], dict[str, int]], list[str]],
+    *,
+    rule: str = "A criterion holds if it does for every seed.",
 ) -> None:
     """Run what is missing, print table and verdicts, write the files after each run.
 
@@ -35,6 +37,7 @@ def measure_all(
         run: measures an arm, a seed, the data and the settings.
         verdicts: of the complete seeds, each a dictionary by arm: criterion to what held.
         table: lines of Markdown of the same.
+        rule: when a criterion holds, for the table's footer.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
@@ -82,7 +85,7 @@ def measure_all(
     lines += [
         "",
         f"*Mean ± standard deviation over {len(seeds)} seeds; {report['date'][:10]}; {versions}; {report['hardware']}. "
-        "A criterion holds if it does for every seed.*",
+        f"{rule}*",
     ]
     text = "\n".join(lines) + "\n"
     write(options.json, json.dumps(report, indent=2) + "\n")

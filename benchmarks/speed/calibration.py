@@ -1,18 +1,20 @@
-"""How fast temperature scaling and ECE are, as ratios to the least work that anything of the kind must do.
+r"""How fast temperature scaling and ECE are, as ratios to the least work that anything of the kind must do.
 
-    python benchmarks/speed/calibration.py --classes 100 1000 --json benchmarks/results/speed_calibration.json
+    python benchmarks/speed/calibration.py --classes 100 1000 --json benchmarks/results/speed_calibration.json \
+        --markdown docs/results/speed_calibration.md
 
 Contenders run in turn, in an order that rotates from round to round. Two ratios are printed for each: best wall time
 over the floor's best wall time, and median CPU time over the floor's. Floors: for the fit, one cross-entropy pass
-without gradients; for ECE, one softmax and maximum. Peers (netcal, probmetrics, scikit-learn) take part where they are
-installed: ``pip install lightning-plugins[bench]``. On a busy machine threads that wait for each other spoil both
-ratios; the JSON holds the load.
+without gradients; for ECE, one softmax and maximum. Peers (netcal, probmetrics, scikit-learn, torch-uncertainty) take
+part where they are installed: ``pip install lightning-plugins[bench]``. On a busy machine threads that wait for each
+other spoil both ratios; the JSON holds the load.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,8 +23,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, environment, importable, measure
-from torch import Tensor
+from interleaved import Contender, add_peer, environment, measure
+from tables import calibration as markdown
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -56,8 +59,11 @@ def lbfgs(
     return temperature.item()
 
 
-def fits(logits: Tensor, labels: Tensor) -> dict[str, Contender]:
-    """Return the floor first, then all that can fit a temperature; each returns it where it can be read."""
+def fits(logits: Tensor, labels: Tensor) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the floor first, then all that can fit a temperature, and the peers left out.
+
+    A contender returns the temperature where it can be read.
+    """
     contenders: dict[str, Contender] = {
         "cross-entropy pass (floor)": lambda: F.cross_entropy(logits, labels),
         "ours: fit_temperature": lambda: fit_temperature(logits, labels),
@@ -69,23 +75,41 @@ def fits(logits: Tensor, labels: Tensor) -> dict[str, Contender]:
             lambda: lbfgs(logits, labels, start=1.5, learning_rate=0.01, steps=50, line_search=False)
         ),
     }
-    if importable("sklearn.calibration"):
-        from sklearn import calibration as sklearn_calibration
+    classes = labels.numpy()
 
-        if hasattr(sklearn_calibration, "_TemperatureScaling"):
-            arrays = logits.numpy(), labels.numpy()
-            contenders["scikit-learn"] = lambda: 1 / float(sklearn_calibration._TemperatureScaling().fit(*arrays).beta_)
-    if importable("probmetrics", "numba"):
+    def sklearn() -> Contender:
+        from sklearn.calibration import _TemperatureScaling
+
+        values = logits.numpy()
+        return lambda: 1 / float(_TemperatureScaling().fit(values, classes).beta_)
+
+    def probmetrics() -> Contender:
         from probmetrics.calibrators import get_calibrator
 
-        probs, classes = logits.double().softmax(1).numpy(), labels.numpy()
-        contenders["probmetrics"] = lambda: get_calibrator("temp-scaling").fit(probs, classes)
-    if importable("netcal"):
+        probs = logits.double().softmax(1).numpy()
+        return lambda: get_calibrator("temp-scaling").fit(probs, classes)
+
+    def netcal() -> Contender:
         from netcal.scaling import TemperatureScaling as NetcalTemperatureScaling
 
-        confidences, truth = logits.double().softmax(1).numpy(), labels.numpy()
-        contenders["netcal, float64"] = lambda: NetcalTemperatureScaling().fit(confidences, truth)
-    return contenders
+        probs = logits.double().softmax(1).numpy()
+        return lambda: NetcalTemperatureScaling().fit(probs, classes)
+
+    def torch_uncertainty() -> Contender:
+        from torch_uncertainty.post_processing import TemperatureScaler
+
+        def fit() -> float:
+            scaler = TemperatureScaler(nn.Identity(), device="cpu")
+            scaler.fit([(logits, labels)], progress=False)
+            return float(1 / scaler.inv_temp)
+
+        return lambda: with_grad(fit)
+
+    left_out = add_peer(contenders, "scikit-learn", ["sklearn"], sklearn)
+    left_out |= add_peer(contenders, "probmetrics", ["probmetrics", "numba"], probmetrics)
+    left_out |= add_peer(contenders, "netcal, float64", ["netcal"], netcal)
+    left_out |= add_peer(contenders, "torch-uncertainty", ["torch_uncertainty"], torch_uncertainty)
+    return contenders, left_out
 
 
 def with_grad(fit: Callable[[], float]) -> float:
@@ -94,8 +118,8 @@ def with_grad(fit: Callable[[], float]) -> float:
         return fit()
 
 
-def errors(logits: Tensor, labels: Tensor) -> dict[str, Contender]:
-    """Return the floor first, then all that can compute ECE from probabilities that are ready."""
+def errors(logits: Tensor, labels: Tensor) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the floor first, then all that can compute ECE from probabilities that are ready; the peers left out."""
     probs, num_classes = logits.softmax(1), logits.shape[1]
     batches = list(zip(probs.split(500), labels.split(500), strict=True))
 
@@ -115,12 +139,14 @@ def errors(logits: Tensor, labels: Tensor) -> dict[str, Contender]:
         "ours: metric, batches of 500": lambda: stream(own),
         "torchmetrics metric, batches of 500": lambda: stream(theirs),
     }
-    if importable("netcal"):
+
+    def netcal() -> Contender:
         from netcal.metrics import ECE
 
         arrays = probs.numpy(), labels.numpy()
-        contenders["netcal"] = lambda: ECE(15).measure(*arrays)
-    return contenders
+        return lambda: ECE(15).measure(*arrays)
+
+    return contenders, add_peer(contenders, "netcal", ["netcal"], netcal)
 
 
 def main() -> None:
@@ -131,30 +157,39 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of torch; one is the steadiest on a shared machine")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--markdown", type=Path, help="file to write the documentation's tables to")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     report: dict[str, Any] = {
-        "environment": environment("torchmetrics", "scikit-learn", "probmetrics", "netcal", "numpy"),
+        "environment": environment(
+            "torchmetrics", "scikit-learn", "probmetrics", "netcal", "torch-uncertainty", "numpy"
+        ),
         "samples": options.samples,
+        "rounds": options.rounds,
         "tables": [],
+        "left_out": {},
     }
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     for num_classes in options.classes:
         logits, labels = draw(options.samples, num_classes)
-        for title, contenders in (("temperature", fits(logits, labels)), ("ece", errors(logits, labels))):
+        for title, make in (("temperature", fits), ("ece", errors)):
             with torch.no_grad():
+                contenders, left_out = make(logits, labels)
                 rows = measure(contenders, options.rounds)
+            report["left_out"] |= left_out
             report["tables"].append({"what": title, "classes": num_classes, "rows": rows})
             print(f"\n{title}, {options.samples} x {num_classes}, {options.rounds} rounds")
             print(f"{'':38}{'wall':>9}{'wall ms':>10}{'CPU':>9}   result")
             for name, row in rows.items():
                 value = "" if row["result"] is None else f"{row['result']:.6g}"
                 print(f"{name:38}{row['wall_ratio']:9.2f}{row['wall_ms']:10.1f}{row['cpu_ratio']:9.2f}   {value}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"\nwritten to {options.json}", file=sys.stderr)
+    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

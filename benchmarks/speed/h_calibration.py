@@ -1,6 +1,7 @@
-"""How fast a step of h-calibration is, beside the form of the published code: convolutions, and k-means by distances.
+r"""How fast a step of h-calibration is, beside the form of the published code: convolutions, and k-means by distances.
 
-    python benchmarks/speed/h_calibration.py --threads 1 --json benchmarks/results/speed_h_calibration.json
+    python benchmarks/speed/h_calibration.py --threads 1 --json benchmarks/results/speed_h_calibration.json \
+        --markdown docs/results/speed_h_calibration.md
 
 Both are the loss of the same probabilities with its gradient. Contenders run in turn, in an order that rotates from
 round to round; the ratios are to ours, the first row, so the last column of the second row is the speed-up. The
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from interleaved import Contender, environment, measure
+from tables import h_calibration as markdown
 from torch import Tensor
 
 from lightning_plugins.calibration import HCalibration, PiecewiseLinearMap, h_calibration_loss
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of torch; one is the steadiest on a shared machine")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--markdown", type=Path, help="file to write the documentation's table to")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -108,11 +111,18 @@ def main() -> None:
     print(f"{'':38}{'wall':>9}{'wall ms':>10}{'CPU':>9}   result")
     for name, row in rows.items():
         print(f"{name:38}{row['wall_ratio']:9.2f}{row['wall_ms']:10.1f}{row['cpu_ratio']:9.2f}   {row['result']:.6g}")
-    if options.json:
-        report = {"environment": environment("numpy"), "samples": options.samples, "classes": options.classes}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
-        print(f"\nwritten to {options.json}", file=sys.stderr)
+    report = {
+        "environment": environment("numpy"),
+        "samples": options.samples,
+        "classes": options.classes,
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import environment, importable, measure
+from interleaved import add_peer, environment, measure
 from scipy.stats import spearmanr
+from tables import hessian as markdown
 from torch import Tensor, nn
 
 from lightning_plugins.data import FashionMNISTDataModule
@@ -112,8 +113,10 @@ def compare(net: nn.Module, batch: Batch, options: argparse.Namespace) -> dict[s
     add("ours, batch in one piece", many, lambda: trace(many, chunk_size=len(batch[1])))
     add("ours, second derivatives", few, lambda: trace(few, curvature="hessian"))
     seen: dict[str, list[float]] = {}
-    if importable("pyhessian"):
-        add("PyHessian, layer by layer", few, pyhessian_loop(net, batch, few, seen))
+    peer = "PyHessian, layer by layer"
+    left_out = add_peer(contenders, peer, ["pyhessian"], lambda: pyhessian_loop(net, batch, few, seen))
+    if peer in contenders:
+        probes[peer] = few
     contenders["ours, an iteration of all top eigenvalues"] = lambda: top_eigenvalue(
         net, F.cross_entropy, [batch], num_iterations=1, progress=False
     )
@@ -129,12 +132,10 @@ def compare(net: nn.Module, batch: Batch, options: argparse.Namespace) -> dict[s
     values = {name: estimate.value for name, estimate in long.items()}
     if seen:
         # Both estimate the same traces; the long run's are the better ones to divide by.
-        noises["PyHessian, layer by layer"] = statistics.median(
-            statistics.stdev(found) / abs(values[name]) for name, found in seen.items()
-        )
+        noises[peer] = statistics.median(statistics.stdev(found) / abs(values[name]) for name, found in seen.items())
     table = {}
     for name, row in rows.items():
-        table[name] = {key: row[key] for key in ("wall_ms", "wall_ratio", "cpu_ratio")}
+        table[name] = {key: value for key, value in row.items() if key != "result"}
         if name in probes:
             cost = row["wall_ratio"] / probes[name]
             table[name] |= {
@@ -153,11 +154,11 @@ def compare(net: nn.Module, batch: Batch, options: argparse.Namespace) -> dict[s
         "rows": table,
         "curvatures": {name: estimate.curvature for name, estimate in long.items()},
         "traces": {name: [estimate.value, estimate.error] for name, estimate in long.items()},
+        "left_out": left_out,
         "spearman_default_against_long": agreement({name: estimate.value for name, estimate in default.items()}),
     }
     if seen:
-        peer = table["PyHessian, layer by layer"]["cost_of_10_percent"]
-        report["ours_over_pyhessian"] = table["ours"]["cost_of_10_percent"] / peer
+        report["ours_over_pyhessian"] = table["ours"]["cost_of_10_percent"] / table[peer]["cost_of_10_percent"]
         means = {name: statistics.fmean(found) for name, found in seen.items()}
         report["spearman_pyhessian_against_long"] = agreement(means)
         # About 1 if both estimate the same: root mean square of the differences in standard errors.
@@ -167,31 +168,6 @@ def compare(net: nn.Module, batch: Batch, options: argparse.Namespace) -> dict[s
         ]
         report["difference_in_standard_errors"] = statistics.fmean(d * d for d in deviations) ** 0.5
     return report
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Return the documentation's table."""
-    lines = [
-        "| traces of all layers | cost of a probe | noise of a probe | cost of 10 % |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, row in report["rows"].items():
-        if "probes" in row:
-            lines.append(
-                f"| {name} | {row['cost_of_a_probe']:.2f} | {row['noise_of_a_probe']:.2f} "
-                f"| {row['cost_of_10_percent']:.1f} |"
-            )
-    env = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    notes = [
-        "Cost in forward and backward passes of the batch; noise: standard deviation over trace; both as medians",
-        f"over the {len(report['traces'])} layers of {report['setting']}; best of {report['rounds']} rounds.",
-    ]
-    if "ours_over_pyhessian" in report:
-        notes.append(f"Ours needs 1/{1 / report['ours_over_pyhessian']:.0f} of PyHessian's time.")
-    rank = report["spearman_default_against_long"]
-    notes.append(f"Rank correlation of a default call with one of {report['long']} probes: {rank:.3f}.")
-    return "\n".join([*lines, "", f"*{' '.join(notes)} {env['cpu']}, {env['date'][:10]}; {versions}.*", ""])
 
 
 def main() -> None:

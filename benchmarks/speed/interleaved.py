@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,74 @@ from torch import Tensor
 Contender = Callable[[], Any]
 
 
-def importable(*modules: str) -> bool:
-    """Whether all of these modules are installed."""
-    return all(importlib.util.find_spec(module.split(".")[0]) for module in modules)
+def add_peer(
+    contenders: dict[str, Contender], name: str, modules: Sequence[str], make: Callable[[], Contender]
+) -> dict[str, str]:
+    """Add another library's contender if it is installed and works.
+
+    Args:
+        contenders: where it is added.
+        name: its name in the table.
+        modules: what must be installed for it.
+        make: imports the library and returns the contender; it is also called once, as a trial.
+
+    Returns:
+        Nothing, or the peer's name and why it is left out, which is printed too.
+    """
+    if missing := [module for module in modules if not importlib.util.find_spec(module)]:
+        reason = f"{' and '.join(missing)} not installed"
+    else:
+        try:
+            contender = make()
+            contender()
+        except Exception as error:  # a peer that breaks must not take the others' figures with it
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        else:
+            contenders[name] = contender
+            return {}
+    print(f"left out: {name}: {reason}", flush=True)
+    return {name: reason}
+
+
+def peak_memory(contender: Contender) -> float | None:
+    """Return the MiB by which the process grows at the peak of a call; Linux can tell, others give None.
+
+    Beyond what is held before the call: data, weights, whatever a library keeps. Freed pages are given back first, so
+    that a contender does not live on what another one has left.
+    """
+
+    def mebibytes(field: str) -> float:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found.group(1)) / 1024
+
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (AttributeError, OSError, TypeError):
+        return None
+    before = mebibytes("VmRSS")
+    contender()
+    return max(mebibytes("VmHWM") - before, 0.0)
+
+
+def spread(values: Sequence[float], floor: Sequence[float]) -> dict[str, Any]:
+    """Return median and quartiles of the ratios of two contenders, round by round."""
+    ratios = [value / base for value, base in zip(values, floor, strict=True)]
+    first, median, third = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"median": median, "quartiles": [first, third]}
 
 
 def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
-    """Run all contenders ``rounds`` times in rotating order after one warm-up, and compare them with the first."""
+    """Run all contenders ``rounds`` times in rotating order after one warm-up, and compare them with the first.
+
+    Returns:
+        By name: ``wall_ms``, the best wall time, and both medians; ``wall_ratio``, best wall time over the first one's;
+        ``cpu_ratio``, median CPU time over the first one's; ``wall_spread`` and ``cpu_spread``, median and quartiles of
+        the ratios within a round; ``peak_mib``, the growth of the process in one more call, or None; ``result``, if it
+        is a number.
+    """
     names = list(contenders)
     results = {name: contenders[name]() for name in names}
     wall: dict[str, list[float]] = {name: [] for name in names}
@@ -44,8 +108,13 @@ def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, dict[str
         value = float(result) if isinstance(result, float) or (isinstance(result, Tensor) and not result.ndim) else None
         rows[name] = {
             "wall_ms": 1e3 * min(wall[name]),
+            "wall_median_ms": 1e3 * statistics.median(wall[name]),
+            "cpu_median_ms": 1e3 * statistics.median(cpu[name]),
             "wall_ratio": min(wall[name]) / best,
             "cpu_ratio": statistics.median(cpu[name]) / median,
+            "wall_spread": spread(wall[name], wall[names[0]]),
+            "cpu_spread": spread(cpu[name], cpu[names[0]]),
+            "peak_mib": peak_memory(contenders[name]),
             "result": value,
         }
     return rows

@@ -25,6 +25,7 @@ import onnx
 import onnxruntime
 import torch
 from interleaved import Contender, environment, measure
+from tables import onnx_export as markdown
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks import MultiPrecisionQAT
@@ -96,21 +97,6 @@ def fp32_graph(options: argparse.Namespace, folder: Path, example: Tensor) -> Pa
     batch = torch.export.Dim("batch")
     torch.onnx.export(net, (example,), path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False)
     return path
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Return the table of the documentation."""
-    lines = [
-        "| graph | time, of fp32's | argmax as in torch | accuracy | size, kB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, row in report["rows"].items():
-        shares = [f"{row[key]:.2f} %" if key in row else "" for key in ("agreement", "accuracy")]
-        lines.append(f"| {name} | {row['wall_ratio']:.2f} | {' | '.join(shares)} | {row['kilobytes']:.0f} |")
-    where = report["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    lines += ["", f"*{report['setting']}; {where['cpu']}, {where['date'][:10]}; {versions}.*"]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from interleaved import environment
+from tables import overhead as markdown
 from torch import Tensor, nn
 
 from lightning_plugins import callbacks as ours
@@ -202,12 +203,19 @@ def measure_steps(num_steps: int, rounds: int) -> dict[str, dict[str, float]]:
                 f"{kind}_us": statistics.median(one[which] for one in taken),
                 f"{kind}_above_us": statistics.median(above),
                 f"{kind}_above_spread_us": max(above) - min(above),
+                f"{kind}_above_quartiles_us": quartiles(above),
             }
     return rows
 
 
-def measure_starts(rounds: int) -> dict[str, float]:
-    """Return milliseconds of fresh processes, the best of some rounds."""
+def quartiles(values: list[float]) -> list[float]:
+    """Return the first and the third one."""
+    first, _, third = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    return [first, third]
+
+
+def measure_starts(rounds: int) -> dict[str, list[float]]:
+    """Return milliseconds of fresh processes, started in turn."""
     program = [sys.executable, "-c"]
     commands = {
         "python": [*program, "pass"],
@@ -218,34 +226,13 @@ def measure_starts(rounds: int) -> dict[str, float]:
         "lightning-plugins --help": [str(Path(sys.executable).with_name("lightning-plugins")), "--help"],
         "lightning-plugins list": [str(Path(sys.executable).with_name("lightning-plugins")), "list"],
     }
-    best = dict.fromkeys(commands, float("inf"))
+    taken: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Return the tables for the documentation."""
-    lines = ["| training step | µs | above none, µs | CPU µs | above none, CPU µs |", "| --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {name} | {row['wall_us']:.0f} | {row['wall_above_us']:+.0f} | {row['cpu_us']:.0f} | "
-        f"{row['cpu_above_us']:+.0f} |"
-        for name, row in report["rows"].items()
-    ]
-    lines += ["", "| fresh process | ms |", "| --- | --- |"]
-    lines += [f"| `{name}` | {milliseconds:.0f} |" for name, milliseconds in report["starts_ms"].items()]
-    where = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    lines += [
-        "",
-        f"*{report['steps']} steps, {report['rounds']} rounds, medians; processes: best of {report['start_rounds']}. "
-        f"Nothing in a step, and so the cost of the empty Callback: {', '.join(report['without_step_hooks'])}. "
-        f"{where['cpu']}, {where['threads']} threads, {where['date'][:10]}; {versions}.*",
-    ]
-    return "\n".join(lines) + "\n"
+            taken[name].append(1e3 * (time.perf_counter() - start))
+    return taken
 
 
 def main() -> None:
@@ -261,6 +248,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = measure_steps(options.steps, options.rounds)
+    starts = measure_starts(options.start_rounds)
     report = {
         "environment": environment("lightning"),
         "steps": options.steps,
@@ -271,7 +259,8 @@ def main() -> None:
         "worst_recording_cpu_us": max(rows[name]["cpu_above_us"] for name in RECORDING),
         "without_step_hooks": without_step_hooks(),
         "rows": rows,
-        "starts_ms": measure_starts(options.start_rounds),
+        "starts_ms": {name: min(taken) for name, taken in starts.items()},
+        "starts_median_ms": {name: statistics.median(taken) for name, taken in starts.items()},
     }
     print(markdown(report))
     for kind, goal in (("idle", IDLE_GOAL), ("recording", RECORDING_GOAL)):

@@ -7,8 +7,10 @@ r"""What quantization-aware training costs, as ratios to the fp32 training step 
 ResNet-20 of width 16 on batches of 128; a step is forward, backward and SGD. Contenders run in turn, in an order that
 rotates from round to round. Two ratios are printed for each: best wall time over the fp32 step's best wall time, and
 median CPU time over its. Weights and inputs of every convolution and linear layer are quantized. Peers (brevitas,
-torchao) take part where they are installed: ``pip install lightning-plugins[bench]``. Peak memory is that of all live
-tensors. On a busy machine threads that wait for each other spoil the ratios; the JSON holds the load.
+torchao, NVIDIA ModelOpt) take part where they are installed: ``pip install lightning-plugins[bench]``. The scales of
+ModelOpt stay where its calibration puts them, those of torchao follow the data, brevitas' and ours are learned. Peak
+memory is that of all live tensors. On a busy machine threads that wait for each other spoil the ratios; the JSON holds
+the load.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, environment, importable, measure
+from interleaved import Contender, add_peer, environment, measure
+from tables import quantization as markdown
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,11 +38,11 @@ from lightning_plugins.quantization import quantizers as ours
 BITS = (8, 6, 4, 2)
 
 
-def make_batch(size: int, channels: int) -> tuple[Tensor, Tensor]:
+def make_batch(size: int, channels: int, number: int = 128) -> tuple[Tensor, Tensor]:
     """Random images and labels."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(128, channels, size, size, generator=generator)
-    return images, torch.randint(10, (128,), generator=generator)
+    images = torch.randn(number, channels, size, size, generator=generator)
+    return images, torch.randint(10, (number,), generator=generator)
 
 
 def trainer_of(
@@ -150,8 +153,23 @@ def torchao_net(batch: tuple[Tensor, Tensor], channels: int) -> nn.Module:
     return model
 
 
-def steps(channels: int, batch: tuple[Tensor, Tensor], *, compiled: bool) -> dict[str, Contender]:
-    """Return the fp32 step first, then all others."""
+def modelopt_net(batch: tuple[Tensor, Tensor], channels: int) -> nn.Module:
+    """The same net through NVIDIA ModelOpt's 8-bit configuration for convolutional nets."""
+    import modelopt.torch.quantization as mtq
+
+    torch.manual_seed(0)
+    configuration = {
+        **mtq.INT8_DEFAULT_CFG,
+        "quant_cfg": [*mtq.INT8_DEFAULT_CFG["quant_cfg"], {"quantizer_name": "*pool*", "enable": False}],
+    }
+    model: nn.Module = mtq.quantize(resnet20(in_channels=channels), configuration, lambda net: net(batch[0]))
+    return model.train()
+
+
+def steps(
+    channels: int, batch: tuple[Tensor, Tensor], *, compiled: bool
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the fp32 step first, then all others; and which peers are left out, and why."""
     torch.manual_seed(0)
     fp32 = resnet20(in_channels=channels)
 
@@ -169,19 +187,21 @@ def steps(channels: int, batch: tuple[Tensor, Tensor], *, compiled: bool) -> dic
         contenders[name] = make(model, model, *bits)
     model = converted(channels, batch)
     contenders["plain operations, 4 bits"] = plain_operations(make(model, model, 4))
-    if importable("brevitas"):
-        peer = brevitas_net(channels)
-        contenders["brevitas, 4-bit weights, 8-bit inputs"] = make(peer, peer)
-    if importable("torchao"):
-        peer = torchao_net(batch, channels)
-        contenders["torchao PT2E, 8 bits"] = make(peer, peer)
+    peers: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+        "brevitas, 4-bit weights, 8-bit inputs": ("brevitas", lambda: brevitas_net(channels)),
+        "torchao PT2E, 8 bits": ("torchao", lambda: torchao_net(batch, channels)),
+        "ModelOpt, 8 bits, fixed scales": ("modelopt", lambda: modelopt_net(batch, channels)),
+    }
+    left_out: dict[str, str] = {}
+    for name, (package, build) in peers.items():
+        left_out |= add_peer(contenders, name, [package], lambda build=build: make(peer := build(), peer))
     if compiled:
         plain = resnet20(in_channels=channels)
         contenders["fp32, compiled"] = make(torch.compile(plain), plain)
         for bits in (8, 4):
             model = converted(channels, batch)
             contenders[f"ours, {bits} bits, compiled"] = make(torch.compile(model), model, bits)
-    return contenders
+    return contenders, left_out
 
 
 class LiveTensors(TorchDispatchMode):
@@ -220,27 +240,12 @@ def peak_memory(model: nn.Module, batch: tuple[Tensor, Tensor], bits: tuple[int,
     return live.peak / 2**20
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """Return the table for the documentation."""
-    lines = ["| training step | time, of fp32's | CPU time, of fp32's |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {row['wall_ratio']:.2f} | {row['cpu_ratio']:.2f} |" for name, row in report["rows"].items()]
-    memory, where = report["peak_memory_mib"], report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    lines += [
-        "",
-        f"*ResNet-20 of width 16, batch {report['batch']}, SGD, {where['threads']} threads, best of {report['rounds']} "
-        f"rounds (CPU time: median). Live tensors at the peak of a step: fp32 {memory['fp32']:.0f} MiB, one precision "
-        f"{memory['one']:.0f}, four precisions {memory['joint']:.0f}. {where['cpu']}, {where['date'][:10]}; "
-        f"{versions}.*",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="also measure the nets under torch.compile")
@@ -249,23 +254,25 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    batch = make_batch(options.size, options.channels)
+    batch = make_batch(options.size, options.channels, options.batch)
     memory = {"fp32": peak_memory(resnet20(in_channels=options.channels), batch, ())}
     for case, bits in {"one": (8,), "joint": BITS}.items():
         memory[case] = peak_memory(converted(options.channels, batch), batch, bits)
-    shape = f"{options.channels} x {options.size} x {options.size}"
+    shape = f"{options.batch} x {options.channels} x {options.size} x {options.size}"
     print(f"peak memory of a step, MiB, {shape}: " + ", ".join(f"{case} {mib:.0f}" for case, mib in memory.items()))
-    rows = measure(steps(options.channels, batch, compiled=options.compile), options.rounds)
-    print(f"\ntraining step, ResNet-20, 128 x {shape}, {options.threads} threads, {options.rounds} rounds")
+    contenders, left_out = steps(options.channels, batch, compiled=options.compile)
+    rows = measure(contenders, options.rounds)
+    print(f"\ntraining step, ResNet-20, {shape}, {options.threads} threads, {options.rounds} rounds")
     print(f"{'':40}{'wall':>9}{'wall ms':>10}{'CPU':>9}")
     for name, row in rows.items():
         print(f"{name:40}{row['wall_ratio']:9.2f}{row['wall_ms']:10.0f}{row['cpu_ratio']:9.2f}")
     report = {
-        "environment": environment("brevitas", "torchao"),
-        "batch": f"128 x {shape}",
+        "environment": environment("brevitas", "torchao", "nvidia-modelopt"),
+        "batch": shape,
         "rounds": options.rounds,
         "peak_memory_mib": memory,
         "rows": rows,
+        "left_out": left_out,
     }
     for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
         if path:

@@ -7,8 +7,9 @@ r"""What attacks cost, as ratios to the bare forward and input-gradient passes t
 ResNet-20 of width 16 on batches of 128, in evaluation mode with frozen weights; PGD with 10 steps, ``linf`` 8/255. The
 floor is ten times ``torch.autograd.grad`` of the loss with respect to the images, and nothing else. Contenders run in
 turn, in an order that rotates from round to round. Two ratios are printed for each: best wall time over the floor's
-best wall time, and median CPU time over its. Peers (torchattacks, foolbox) take part where they are installed;
-torchattacks pins an old ``requests``, so install it with ``pip install --no-deps torchattacks``.
+best wall time, and median CPU time over its. Peers (torchattacks, foolbox, ART) take part where they are
+installed: ``pip install lightning-plugins[bench]``; torchattacks pins an old ``requests``, so install it by itself with
+``pip install --no-deps torchattacks``. All attack the net with frozen weights; ART takes and gives NumPy arrays.
 
 With ``--accuracy`` a net is first trained adversarially on the digits, and its robust accuracy under the attack on the
 bfloat16 copy is compared with that under the attack on the net itself, both measured on the net itself.
@@ -25,7 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, environment, importable, measure
+from interleaved import Contender, add_peer, environment, measure
+from tables import robustness as markdown
 from torch import Tensor, nn
 
 from lightning_plugins.models import resnet20
@@ -76,14 +78,14 @@ def ours(net: nn.Module, images: Tensor, targets: Tensor, **arguments: Any) -> T
     return pgd(net, images, targets, eps=EPS, step_size=STEP, num_steps=STEPS, **arguments).adversarial
 
 
-def contenders(channels: int, images: Tensor, targets: Tensor) -> dict[str, Contender]:
-    """Return the floor first, then all others."""
+def contenders(channels: int, images: Tensor, targets: Tensor) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the floor first, then all others; and which peers are left out, and why."""
     net = make_net(channels)
     folded = attack_copy(net, example=images[:8])
     unfolded = make_net(channels).to(memory_format=torch.channels_last)
     bfloat16 = attack_copy(net, dtype=torch.bfloat16)
     last = images.contiguous(memory_format=torch.channels_last)
-    found = {
+    found: dict[str, Contender] = {
         "ten passes": lambda: passes(net, images, targets),
         "plain loop": lambda: plain_loop(net, images, targets),
         "ours": lambda: ours(net, images, targets),
@@ -92,18 +94,42 @@ def contenders(channels: int, images: Tensor, targets: Tensor) -> dict[str, Cont
         "ours, on the copy": lambda: ours(folded, last, targets),
         "ours, on the copy in bfloat16": lambda: ours(bfloat16, last, targets),
     }
-    if importable("torchattacks"):
+
+    def torchattacks() -> Contender:
         import torchattacks
 
-        peer = torchattacks.PGD(net, eps=EPS, alpha=STEP, steps=STEPS, random_start=True)
-        found["torchattacks"] = lambda: peer(images, targets)
-    if importable("foolbox", "eagerpy"):
+        attack = torchattacks.PGD(make_net(channels), eps=EPS, alpha=STEP, steps=STEPS, random_start=True)
+        return lambda: attack(images, targets)
+
+    def foolbox() -> Contender:
         import foolbox
 
-        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+        model = foolbox.PyTorchModel(make_net(channels), bounds=(0, 1), device="cpu")
         attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS, random_start=True)
-        found["foolbox"] = lambda: attack(model, images, targets, epsilons=EPS)
-    return found
+        return lambda: attack(model, images, targets, epsilons=EPS)
+
+    def art() -> Contender:
+        from art.attacks.evasion import ProjectedGradientDescentPyTorch
+        from art.estimators.classification import PyTorchClassifier
+
+        model = PyTorchClassifier(
+            make_net(channels),
+            nn.CrossEntropyLoss(),
+            input_shape=tuple(images.shape[1:]),
+            nb_classes=10,
+            clip_values=(0, 1),
+            device_type="cpu",
+        )
+        attack = ProjectedGradientDescentPyTorch(
+            model, eps=EPS, eps_step=STEP, max_iter=STEPS, num_random_init=1, batch_size=len(images), verbose=False
+        )
+        arrays = images.numpy(), targets.numpy()
+        return lambda: attack.generate(*arrays)
+
+    left_out = add_peer(found, "torchattacks", ["torchattacks"], torchattacks)
+    left_out |= add_peer(found, "foolbox", ["foolbox", "eagerpy"], foolbox)
+    left_out |= add_peer(found, "ART", ["art"], art)
+    return found, left_out
 
 
 def without_last_pass(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
@@ -143,32 +169,12 @@ def robust_accuracies(epochs: int) -> dict[str, float]:
     return accuracies
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """Return the table for the documentation."""
-    lines = ["| attack | time, of ten passes | CPU time, of ten passes |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {row['wall_ratio']:.2f} | {row['cpu_ratio']:.2f} |" for name, row in report["rows"].items()]
-    where = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    lines += [
-        "",
-        f"*PGD with 10 steps, ResNet-20 of width 16, batch {report['batch']}, {where['threads']} threads, best of "
-        f"{report['rounds']} rounds (CPU time: median). {where['cpu']}, {where['date'][:10]}; {versions}.*",
-    ]
-    if accuracies := report["accuracies"]:
-        lines += [
-            "",
-            "Robust accuracy of a small net on the digits, by what was attacked: "
-            + ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())
-            + ".",
-        ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure, print the table, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--accuracy", type=int, default=0, metavar="EPOCHS", help="also train and attack a small net")
@@ -177,13 +183,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    images, targets = make_batch(options.size, options.channels)
-    found = contenders(options.channels, images, targets)
+    images, targets = make_batch(options.size, options.channels, options.batch)
+    found, left_out = contenders(options.channels, images, targets)
     if not torch.equal(found["ours"](), found["plain loop"]()):
         raise SystemExit("our attack differs from the plain loop")
     rows = measure(found, options.rounds)
-    shape = f"{options.channels} x {options.size} x {options.size}"
-    print(f"PGD-{STEPS}, ResNet-20, 128 x {shape}, {options.threads} threads, {options.rounds} rounds")
+    shape = f"{options.batch} x {options.channels} x {options.size} x {options.size}"
+    print(f"PGD-{STEPS}, ResNet-20, {shape}, {options.threads} threads, {options.rounds} rounds")
     print(f"{'':40}{'wall':>9}{'wall ms':>10}{'CPU':>9}")
     for name, row in rows.items():
         print(f"{name:40}{row['wall_ratio']:9.3f}{row['wall_ms']:10.0f}{row['cpu_ratio']:9.3f}")
@@ -191,11 +197,12 @@ def main() -> None:
     for name, value in accuracies.items():
         print(f"robust accuracy, attack through {name}: {value:.2%}")
     report = {
-        "environment": environment("torchattacks", "foolbox"),
-        "batch": f"128 x {shape}",
+        "environment": environment("torchattacks", "foolbox", "adversarial-robustness-toolbox"),
+        "batch": shape,
         "rounds": options.rounds,
         "rows": rows,
         "accuracies": accuracies,
+        "left_out": left_out,
     }
     for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
         if path:

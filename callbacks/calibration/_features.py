@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.batches import LogitsFn
 from lightning_plugins.data.loading import without_augmentation
 from lightning_plugins.features import PenultimateFeatures, classifier_layer
@@ -85,7 +86,7 @@ def training_batches(
         choose: takes the number of samples and returns the indices of those to read; default the first ones.
         share: each process reads its share; otherwise all of them read everything.
     """
-    loader = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
+    loader, title = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None), "training data once more"
     if loader is None:
         return
     batches = trainer.num_training_batches
@@ -94,7 +95,7 @@ def training_batches(
         isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
     )
     if not indexable:
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(progress_bar(loader, title=title)):
             if number >= batches:
                 break
             yield _on_device(trainer, batch)
@@ -116,7 +117,7 @@ def training_batches(
         num_workers=loader.num_workers,
         generator=torch.Generator(),
     )
-    for batch in own:
+    for batch in progress_bar(own, title=title):
         yield _on_device(trainer, batch)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.modes import evaluation_mode
 
 
@@ -24,7 +27,9 @@ def visit_batches(
 ) -> None:
     """Visit at most ``limit`` batches on the device, the module in evaluation mode, the global generator untouched."""
     with evaluation_mode(pl_module), isolate_rng():  # a data loader draws each time it starts
-        for batch_idx, batch in enumerate(loader):
+        total = min(limit, math.inf if (length := sized_len(loader)) is None else length)
+        bar = progress_bar(loader, title="logits", total=int(total) if total < math.inf else None)
+        for batch_idx, batch in enumerate(bar):
             if batch_idx >= limit:
                 break
             batch = trainer.precision_plugin.convert_input(batch)

@@ -75,8 +75,8 @@ class ClassifierHeadCalibration(pl.Callback):
     Raises:
         ValueError: for a wrong argument.
         FileNotFoundError: in ``setup``, if there is no file of statistics.
-        MisconfigurationException: in ``setup`` for a module without a linear head, statistics of another network, or a
-            place before weight averaging.
+        MisconfigurationException: in ``setup`` for a module without a linear head, statistics of another network, a
+            place before weight averaging, or a strategy that shards weights.
 
     Example:
         >>> from lightning_plugins.callbacks import ClassifierHeadCalibration
@@ -89,6 +89,7 @@ class ClassifierHeadCalibration(pl.Callback):
 
     reads_final_weights = True
     changes_final_weights = True
+    needs_whole_weights = True
 
     @check_types
     def __init__(

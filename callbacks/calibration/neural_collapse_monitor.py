@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.calibration.neural_collapse import collapse_curves, mixed_collapse, neural_collapse
+from lightning_plugins.callbacks._composition import check_composition
 from lightning_plugins.callbacks._distributed import gather_rows
 from lightning_plugins.callbacks.calibration._features import (
     classes_of,
@@ -54,8 +55,8 @@ class NeuralCollapseMonitor(pl.Callback):
 
     Raises:
         ValueError: for a wrong argument.
-        MisconfigurationException: in ``setup`` for a module without a linear head; later for inputs that cannot be
-            mixed.
+        MisconfigurationException: in ``setup`` for a module without a linear head, and for a strategy that shards
+            weights; later for inputs that cannot be mixed.
 
     Example:
         >>> from lightning_plugins.callbacks import NeuralCollapseMonitor
@@ -66,6 +67,8 @@ class NeuralCollapseMonitor(pl.Callback):
         training", PNAS 2020; Q. Fisher, H. Meng, V. Papyan, "Pushing Boundaries: Mixup's Influence on Neural Collapse",
         ICLR 2024.
     """
+
+    needs_whole_weights = True
 
     @check_types
     def __init__(
@@ -95,6 +98,7 @@ class NeuralCollapseMonitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            check_composition(trainer)
             if is_overridden("configure_model", pl_module):
                 pl_module.configure_model()  # the head may come from there, and Lightning calls it only later
             find_head(pl_module, self.head)

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.evaluation import (
     NetAccuracies,
@@ -186,13 +187,12 @@ class DistilledSetEvaluation(pl.Callback):
             sources |= baseline_sets(synthetic, module.real_images(trainer), seed=self.seed)
         self._nets = {}
         with isolate_rng():
-            for name, source in sources.items():
-                self._nets[name] = self._trained(trainer, module, source, None, name == "distilled")
-            if self.png:
-                pictures = picture_set(synthetic)
-                self._nets["png"] = self._trained(trainer, module, pictures, None, True)
-            for name in self.architectures:
-                self._nets[name] = self._trained(trainer, module, synthetic, name, True)
+            jobs: list[tuple[str, SyntheticSet, str | None, bool]]
+            jobs = [(name, source, None, name == "distilled") for name, source in sources.items()]
+            jobs += [("png", picture_set(synthetic), None, True)] if self.png else []
+            jobs += [(name, synthetic, name, True) for name in self.architectures]
+            for name, source, model, own in progress_bar(jobs, title="sets to train networks on", delay=0):
+                self._nets[name] = self._trained(trainer, module, source, model, own)
         self._counts = {
             name: torch.zeros(len(nets) + 1, synthetic.num_classes, dtype=torch.int64, device=module.device)
             for name, nets in self._nets.items()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plugins.batches import BatchFn, LogitsFn
+from lightning_plugins.callbacks._composition import check_composition
 from lightning_plugins.callbacks.quantization._conversion import ConvertsLayers
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
 from lightning_plugins.checks import check_types
@@ -174,7 +175,7 @@ class BinaryQAT(ConvertsLayers, TrainingStepCallback):
     # Structure
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.refuse_others(trainer)
+        check_composition(trainer)
         if stage == "fit":  # before anything is converted
             self._refuse_manual_optimization(pl_module)
         if is_overridden("configure_model", pl_module):

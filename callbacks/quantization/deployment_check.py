@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.batches import BatchFn, inputs_and_targets
 from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
@@ -157,7 +158,7 @@ class DeploymentCheck(pl.Callback):
             packed = load_packed(path, restore_(copy_network(pl_module))).to(pl_module.device)
             for bits in precisions:
                 self._runs[f"packed_{bits}bit"] = bits, _at(packed, bits)
-            for bits in self._onnx_bits(precisions):
+            for bits in progress_bar(self._onnx_bits(precisions), title="ONNX files", delay=0):
                 path = export_onnx(pl_module, Path(folder) / f"net_{bits}bit.onnx", bits=bits, example_input=inputs)
                 self._files[path.name] = path.read_bytes()
                 self._runs[f"onnx_{bits}bit"] = bits, _session(self._files[path.name])

@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 
 from lightning_plugins.batches import BatchFn, LogitsFn
 from lightning_plugins.callbacks._borrow import tap_forward
+from lightning_plugins.callbacks._composition import check_composition
 from lightning_plugins.callbacks._variants import HasVariants
 from lightning_plugins.callbacks.quantization._conversion import ConvertsLayers
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
@@ -199,7 +200,7 @@ class MultiPrecisionQAT(ConvertsLayers, HasVariants, TrainingStepCallback):
     # Structure
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.refuse_others(trainer)
+        check_composition(trainer)
         if stage == "fit":  # before anything is converted
             self._refuse_manual_optimization(pl_module)
             self._choose_stepping(trainer)

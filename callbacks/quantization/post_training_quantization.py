@@ -127,6 +127,7 @@ class PostTrainingQuantization(pl.Callback):
 
     quantizes_afterwards = True
     reads_final_weights = True
+    needs_whole_weights = True
 
     @check_types
     def __init__(

@@ -36,7 +36,8 @@ class AdversarialWeightPerturbation(TrainingStepCallback):
 
     Raises:
         ValueError: for an argument out of range.
-        MisconfigurationException: in ``setup``, if it stands behind what attacks the batch or changes the loss.
+        MisconfigurationException: in ``setup``, if it stands behind what attacks the batch or changes the loss, and
+            under a strategy that shards weights.
 
     Example:
         >>> from lightning_plugins.callbacks import AdversarialTraining, AdversarialWeightPerturbation
@@ -47,6 +48,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback):
     """
 
     repeats_step = True
+    needs_whole_weights = True
 
     @check_types
     def __init__(self, gamma: float = 0.01, *, warmup_epochs: int = 0) -> None:

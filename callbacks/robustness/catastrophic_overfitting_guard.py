@@ -45,7 +45,8 @@ class CatastrophicOverfittingGuard(pl.Callback):
 
     Raises:
         ValueError: for an argument out of range.
-        MisconfigurationException: for inputs that cannot be attacked.
+        MisconfigurationException: for inputs that cannot be attacked, and with ``"stop"`` for a strategy that shards
+            weights.
 
     Example:
         >>> from lightning_plugins.callbacks import AdversarialTraining, CatastrophicOverfittingGuard
@@ -91,6 +92,11 @@ class CatastrophicOverfittingGuard(pl.Callback):
     @property
     def rolls_back(self) -> bool:
         """Whether it may put back the weights of the epoch before."""
+        return self.action == "stop"
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether it keeps a copy of the weights."""
         return self.action == "stop"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

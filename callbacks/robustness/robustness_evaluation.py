@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.batches import BatchFn, LogitsFn, forward_logits, inputs_and_targets
 from lightning_plugins.callbacks._borrow import unobserved
 from lightning_plugins.callbacks._classes import class_counts
@@ -140,6 +141,7 @@ class RobustnessEvaluation(pl.Callback):
         self._grid: dict[float, RobustAccuracy] = {}
         self._seen = 0
         self._pictures: tuple[Tensor, Tensor, list[str]] | None = None
+        self._bar: Any = None  # of the batch under attack
         self._last: dict[str, Tensor] = {}
         self._figures: dict[str, Any] = {}
 
@@ -222,23 +224,26 @@ class RobustnessEvaluation(pl.Callback):
         if limit is not None:
             inputs, targets = inputs[: limit - self._seen], targets[: limit - self._seen]
         first = not self._metrics
+        radii = self._radii if self._seen < (self.num_val_samples or float("inf")) else ()
+        states = variants(trainer) if self._stage == "test" and self.per_variant else {}
+        total = len(self._attacks) * (1 + len(states)) + len(radii)
         # A calibrator over forward may have no gradient, as bins have none, and would hide the module from the attack.
-        with grad_context(), unobserved():
+        bar = progress_bar(title="attacks on a batch", total=total, delay=0 if self._stage == "test" else 3)
+        with grad_context(), unobserved(), bar as self._bar:
             inputs, targets = ordinary(inputs), ordinary(targets)
             clean, pictured = self._measure(trainer, pl_module, "", inputs, targets, batch_idx)
             if first and pictured is not None:
                 self._keep_pictures(inputs, pictured, targets)
-            if self._seen < (self.num_val_samples or float("inf")):
-                for number, eps in enumerate(self._radii):
-                    attack = PGDAttack(eps, self._norm, num_steps=20)
-                    result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, 100 + number)
-                    if eps not in self._grid:
-                        self._grid[eps] = _metric(result.logits, "micro")
-                    self._grid[eps].update(clean, result.logits.argmax(1), targets)
-            if self._stage == "test" and self.per_variant:
-                for state, owner in variants(trainer).items():
-                    with owner.variant(pl_module, state) as module:
-                        self._measure(trainer, module, state, inputs, targets, batch_idx)
+            for number, eps in enumerate(radii):
+                attack = PGDAttack(eps, self._norm, num_steps=20)
+                result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, 100 + number)
+                if eps not in self._grid:
+                    self._grid[eps] = _metric(result.logits, "micro")
+                self._grid[eps].update(clean, result.logits.argmax(1), targets)
+            for state, owner in states.items():
+                with owner.variant(pl_module, state) as module:
+                    self._measure(trainer, module, state, inputs, targets, batch_idx)
+        self._bar = None
         self._seen += len(inputs)
 
     def _measure(
@@ -292,9 +297,11 @@ class RobustnessEvaluation(pl.Callback):
             return self.logits_fn(module, self._scale.inputs(asked, inputs.dtype))
 
         try:
-            return attack(logits_fn, images, targets, generator=generator)
+            result = attack(logits_fn, images, targets, generator=generator)
         except ValueError as error:
             raise MisconfigurationException(f"RobustnessEvaluation could not attack the batch: {error}") from error
+        self._bar.update()
+        return result
 
     # Results
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.calibration.binning import (
     BayesianBinning,
     HistogramBinning,
@@ -196,7 +197,7 @@ def fit_all(calibrators: Mapping[str, Calibrator], logits: Tensor, labels: Tenso
     """
     logits, labels = check_fit_data(logits, labels)
     contestants = [Contestant(UNCALIBRATED)]
-    for name, calibrator in calibrators.items():
+    for name, calibrator in progress_bar(calibrators.items(), title="fitting calibrators", delay=0.5):
         contestant = Contestant(name, calibrator)
         start = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
@@ -241,7 +242,7 @@ def evaluate(
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     predicted = wide.argmax(1)
-    for contestant in contestants:
+    for contestant in progress_bar(contestants, title="measuring calibrators", delay=0.5):
         if contestant.failure is not None:
             continue
         scores, input = wide, _LOGITS

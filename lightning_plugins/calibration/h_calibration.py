@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.calibration._criteria import criterion_of
 from lightning_plugins.calibration.calibrator import Calibrator
 from lightning_plugins.calibration.monotone_maps import (
@@ -329,12 +328,8 @@ class HCalibration(Calibrator):
         before = best = criterion_of(log_probs, labels, self.select_by)
         best_leaves: dict[str, Tensor] | None = None
         lowest_ece, best_epoch, stalled, epoch = float("inf"), 0, 0, 0
-        epochs = tqdm(
-            range(self.max_epochs + 1),
-            desc=f"h-calibration, {self.map_name} map",
-            disable=not (sys.stderr.isatty() if self.progress is None else self.progress),
-            delay=0 if self.progress else 5,
-            leave=False,
+        epochs = progress_bar(
+            range(self.max_epochs + 1), title=f"h-calibration, {self.map_name} map", show=self.progress
         )
         for epoch in epochs:
             # With one batch, the pass that measures the state is also the one that improves it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.calibration.calibrator import Calibrator
 from lightning_plugins.calibration.monotone_maps import IntegralMap
 from lightning_plugins.checks import check_types
@@ -201,10 +201,4 @@ class IntraOrderPreserving(Calibrator):
         return torch.zeros_like(raised).scatter(-1, order, raised).log_softmax(-1)
 
     def _bar(self, total: int | None) -> tqdm:
-        return tqdm(
-            total=total,
-            desc=f"intra-order-preserving map, {self.variant}",
-            disable=not (sys.stderr.isatty() if self.progress is None else self.progress),
-            delay=0 if self.progress else 5,
-            leave=False,
-        )
+        return progress_bar(title=f"intra-order-preserving map, {self.variant}", total=total, show=self.progress)

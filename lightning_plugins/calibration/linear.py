@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.calibration._scores import check_num_classes, like
 from lightning_plugins.calibration.calibrator import Calibrator, row_tiles
 from lightning_plugins.checks import check_types
@@ -189,10 +189,7 @@ class _MatrixMap(Calibrator):
             itertools.product(sorted(set(self.bias_grid), reverse=True), sorted(set(self.off_diagonal_grid))[::-1])
         )
         losses = dict.fromkeys(grid, 0.0)
-        bar = tqdm(
-            total=self.num_folds * (len(grid) + 1), desc=type(self).__name__, delay=5.0, leave=False, disable=None
-        )
-        with bar:
+        with progress_bar(title=type(self).__name__, total=self.num_folds * (len(grid) + 1)) as bar:
             for fold in range(self.num_folds):
                 train, held = fold_of != fold, fold_of == fold
                 data, start = (features[train], labels[train]), None

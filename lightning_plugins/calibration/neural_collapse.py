@@ -405,7 +405,11 @@ def unconstrained_mixup_feature(
         if gradient.abs().max() < 1e-13:
             break
         curvature = scores.T @ (torch.diag(probs) - probs.outer(probs)) @ scores + decay * lengths
-        step = torch.linalg.solve(curvature, gradient)
+        step, singular = torch.linalg.solve_ex(curvature, gradient)
+        if singular:
+            raise ValueError(
+                f"rows {first} and {second} of weight must point apart and be of moderate size; use simplex_etf"
+            )
         size = 1.0
         allowed = objective(coefficients) + 1e-14  # near the solution only rounding is left
         while objective(coefficients - size * step) > allowed and size > 1e-6:

@@ -26,6 +26,7 @@ from lightning_plugins.distillation.evaluation import (
 from lightning_plugins.distillation.extractors import ExtractorBank, RandomExtractors, train_expert_, untrained_net
 from lightning_plugins.distillation.figures import class_bars, image_grid
 from lightning_plugins.distillation.flip import FlipUnion, flip_detectability, flip_union
+from lightning_plugins.distillation.memory import images_per_tile
 from lightning_plugins.distillation.objectives import (
     CalibrationTerm,
     CharacteristicFunction,
@@ -34,7 +35,6 @@ from lightning_plugins.distillation.objectives import (
     Objective,
     ObjectiveDraw,
     ObjectiveLoss,
-    images_per_tile,
 )
 from lightning_plugins.distillation.pool import ClassPool, RealBatch
 from lightning_plugins.distillation.presets import PRESETS, DistillationSettings, preset_settings

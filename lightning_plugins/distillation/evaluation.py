@@ -225,7 +225,7 @@ def train_nets(
     seeds: Sequence[int] = (0, 1, 2),
     joint: bool | None = None,
 ) -> TrainedNets:
-    """Train fresh networks on a few images, each with an order of its own.
+    """Train fresh networks on a few images; what one becomes depends on its seed, not on the others.
 
     Args:
         factory: makes a network.
@@ -234,8 +234,9 @@ def train_nets(
         num_classes: C.
         protocol: or its name.
         seeds: one for each network.
-        joint: True trains all at once by ``vmap``, which saves launches on an accelerator; False one after the other;
-            None chooses, and never trains networks with buffers (batch normalisation) jointly.
+        joint: True trains all at once by ``vmap``, which saves launches on an accelerator; False one after the other,
+            which is faster on a CPU; the results agree up to rounding. None chooses, and never trains networks with
+            buffers (batch normalisation) jointly.
 
     Shape:
         - images: ``(N, channels, H, W)``
@@ -288,10 +289,7 @@ def _train_group(
     factory: NetFactory, images: Tensor, targets: Tensor, num_classes: int, protocol: Protocol, seeds: list[int]
 ) -> dict[str, Tensor]:
     nets = [untrained_net(factory, seed=seed, device=images.device).train() for seed in seeds]
-    orders = [_Order(len(images), protocol, seed) for seed in seeds]
-    generator = PrivateGenerator(seeds[0], "mixing").on("cpu")
-    operations: Any = tuple(name for name in protocol.operations if not (protocol.cutmix and name == "cutout"))
-    augmentation = SiameseAugmentation(operations, variant=protocol.variant, seed=seeds[0]) if operations else None
+    batches = [_Batches(images, targets, num_classes, protocol, seed) for seed in seeds]
     step_of: Callable[[Tensor, Tensor], None]
     if len(nets) == 1:
         net = nets[0]
@@ -333,34 +331,40 @@ def _train_group(
                 optimizer = _optimizer(parameters, protocol)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = torch.stack([order.next() for order in orders]).to(images.device)
-        x, y = images[rows], targets[rows]
-        flat = x.flatten(0, 1)
-        if augmentation is not None:
-            flat = augmentation(flat)
-        if protocol.cutmix and float(torch.rand((), generator=generator)) < protocol.cutmix:
-            # Partners may come from another network's batch: all are drawn from the same images.
-            flat, soft = cutmix(flat, y.flatten(0, 1), num_classes=num_classes, generator=generator)
-            y = soft.view(*rows.shape, num_classes)
-        step_of(flat.view_as(x), y)
+        x, y = zip(*(batch.next() for batch in batches), strict=True)
+        step_of(torch.stack(x), torch.stack(y))
         optimizer.step()
     if len(nets) > 1:
         return {name: value.detach() for name, value in stacked.items()}
     return {name: value.detach()[None].clone() for name, value in net.state_dict().items()}
 
 
-class _Order:
-    """Batches of a shuffled epoch after the other; a small set is one batch."""
+class _Batches:
+    """The batches of one network, whose draws depend on its seed alone: shuffled epochs, augmented and mixed."""
 
-    def __init__(self, count: int, protocol: Protocol, seed: int) -> None:
-        self.count, self.size = count, protocol.batch_size
-        self.generator = PrivateGenerator(seed, "order").on("cpu")
+    def __init__(self, images: Tensor, targets: Tensor, num_classes: int, protocol: Protocol, seed: int) -> None:
+        self.images, self.targets, self.num_classes, self.protocol = images, targets, num_classes, protocol
+        self.order = PrivateGenerator(seed, "order").on("cpu")
+        self.mixing = PrivateGenerator(seed, "mixing").on("cpu")
+        operations: Any = tuple(name for name in protocol.operations if not (protocol.cutmix and name == "cutout"))
+        self.augmentation = SiameseAugmentation(operations, variant=protocol.variant, seed=seed) if operations else None
         self.rest: list[Tensor] = []
 
-    def next(self) -> Tensor:
-        if not self.rest:
-            self.rest = list(torch.split(torch.randperm(self.count, generator=self.generator), self.size))[::-1]
-        return self.rest.pop()
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Return normalised images and their classes, or their probabilities where the protocol mixes."""
+        if not self.rest:  # a small set is one batch
+            order = torch.randperm(len(self.images), generator=self.order)
+            self.rest = list(torch.split(order, self.protocol.batch_size))[::-1]
+        rows = self.rest.pop().to(self.images.device)
+        images, targets = self.images[rows], self.targets[rows]
+        if self.augmentation is not None:
+            images = self.augmentation(images)
+        share = self.protocol.cutmix
+        if share and float(torch.rand((), generator=self.mixing)) < share:
+            return cutmix(images, targets, num_classes=self.num_classes, generator=self.mixing)
+        if share and not targets.is_floating_point():
+            targets = F.one_hot(targets, self.num_classes).to(images.dtype)
+        return images, targets
 
 
 def _optimizer(parameters: list[Any], protocol: Protocol) -> torch.optim.Optimizer:

@@ -19,14 +19,14 @@ _COLORS = ("#4477aa", "#bbbbbb", "#ee6677", "#228833")
 
 
 @check_types
-def image_grid(images: Tensor, *, enlarge: int = 4, columns: int = 20) -> Tensor:
+def image_grid(images: Tensor, *, enlarge: int | None = None, columns: int = 20) -> Tensor:
     """Lay images out, on a fixed range of values, enlarged without smoothing.
 
     One row for each class; where classes are more than the images of each, and fit, one column for each class.
 
     Args:
         images: on the [0, 1] scale; values outside are cut off. Of other than 1 or 3 channels the mean is shown.
-        enlarge: factor, at least 1.
+        enlarge: factor, at least 1; None takes 4, or what makes small images about 64 pixels wide.
         columns: most images side by side.
 
     Shape:
@@ -40,11 +40,12 @@ def image_grid(images: Tensor, *, enlarge: int = 4, columns: int = 20) -> Tensor
         >>> image_grid(torch.rand(10, 3, 1, 8, 8), enlarge=2).shape
         torch.Size([1, 52, 171])
     """
-    if images.ndim != 5 or enlarge < 1 or columns < 1:
+    if images.ndim != 5 or (enlarge is not None and enlarge < 1) or columns < 1:
         raise ValueError(
             "images must be (C, n, channels, H, W), enlarge and columns at least 1, got "
             f"{tuple(images.shape)}, {enlarge!r} and {columns!r}"
         )
+    enlarge = max(4, 64 // max(1, images.shape[-1])) if enlarge is None else enlarge
     shown = images.detach()[:, :columns].float().clamp(0, 1).cpu()
     if shown.shape[1] < len(shown) <= columns:
         shown = shown.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""How much memory a step of a distillation needs, and how much there is."""
+"""How much memory images take on their way through a network, what a step needs, and how much there is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.distillation.objectives import images_per_tile
+from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
+from lightning_plugins.modes import evaluation_mode
 
-__all__ = ["activation_bytes", "free_bytes", "step_bytes"]
+__all__ = ["free_bytes", "images_per_tile", "output_bytes", "step_bytes", "tile_bytes"]
+
+_CACHE_BYTES = 32 * 2**20  # a larger activation on a CPU costs more in fresh memory than the batch saves
+_DEVICE_BYTES = 2 * 2**30
 
 
 def step_bytes(
@@ -29,7 +33,7 @@ def step_bytes(
     channels, height, width = synthetic.images.shape[2:]
     shape = channels, height, width
     # Gradients of gradients keep about three times what a training step keeps.
-    per_image = activation_bytes(net, shape, device) * (6 if config["objective"] == "gradient" else 2)
+    per_image = sum(output_bytes(net, shape, device)) * (6 if config["objective"] == "gradient" else 2)
     decoded = min(synthetic.decoded_per_class, config["batch_synthetic"] or synthetic.decoded_per_class)
     decoded *= 1 if config["flip"] == "off" else 2
     per_class = decoded * per_image + 8 * decoded * config["num_frequencies"]
@@ -37,28 +41,58 @@ def step_bytes(
     return tile * per_image + 4 * config["batch_real"] * config["num_frequencies"], per_class
 
 
-def activation_bytes(net: nn.Module, image_shape: tuple[int, int, int], device: torch.device | str) -> int:
-    """Return the bytes of the outputs of all layers for one image of zeros.
+@check_types
+def images_per_tile(net: nn.Module, image_shape: tuple[int, ...], device: torch.device | str) -> int:
+    """Return how many images go through a network at once so that its largest output stays in the cache.
+
+    On a CPU that output has about 32 MB, as fresh memory for more costs more time than it saves; on an accelerator it
+    may have 2 GB.
+
+    Args:
+        net: on ``device``; one image of zeros passes through it in evaluation mode.
+        image_shape: channels, height and width.
+        device: of the images.
+
+    Raises:
+        ValueError: for another shape.
 
     Example:
-        >>> activation_bytes(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (1, 2, 2), "cpu")
-        28
+        >>> from lightning_plugins.models import convnet3
+        >>> images_per_tile(convnet3(), (3, 32, 32), "cpu")
+        64
     """
-    total = 0
+    if not image_shape or min(image_shape) < 1:
+        raise ValueError(f"image_shape must be channels, height and width, each at least 1, got {image_shape!r}")
+    return max(1, tile_bytes(device) // max(output_bytes(net, image_shape, device), default=1))
+
+
+def tile_bytes(device: torch.device | str) -> int:
+    """Return the bytes that a large intermediate result may have: what fits the cache of a CPU, 2 GB elsewhere."""
+    return _CACHE_BYTES if torch.device(device).type == "cpu" else _DEVICE_BYTES
+
+
+def output_bytes(net: nn.Module, image_shape: tuple[int, ...], device: torch.device | str) -> list[int]:
+    """Return the bytes of each layer's output for one image of zeros; layers are modules without parts.
+
+    Example:
+        >>> output_bytes(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (1, 2, 2), "cpu")
+        [16, 12]
+    """
+    found: list[int] = []
 
     def see(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal total
         if isinstance(output, Tensor):
-            total += output.numel() * output.element_size()
+            found.append(output.numel() * output.element_size())
 
     hooks = [layer.register_forward_hook(see) for layer in net.modules() if not list(layer.children())]
     try:
-        with torch.no_grad():
-            net(torch.zeros(1, *image_shape, device=device))
+        with evaluation_mode(net), torch.no_grad():
+            dtype = next((value.dtype for value in net.parameters()), torch.float32)
+            net(torch.zeros(1, *image_shape, device=device, dtype=dtype))
     finally:
         for hook in hooks:
             hook.remove()
-    return total
+    return found
 
 
 def free_bytes(device: torch.device) -> int | None:

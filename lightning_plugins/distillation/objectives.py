@@ -21,9 +21,9 @@ from lightning_plugins.distillation.characteristic_function import (
     unit_rows,
 )
 from lightning_plugins.distillation.flip import FlipUnion
+from lightning_plugins.distillation.memory import images_per_tile, tile_bytes
 from lightning_plugins.distillation.pool import ClassPool, RealBatch
 from lightning_plugins.features import PenultimateFeatures, classifier_layer
-from lightning_plugins.modes import evaluation_mode
 
 __all__ = [
     "CalibrationTerm",
@@ -33,11 +33,7 @@ __all__ = [
     "Objective",
     "ObjectiveDraw",
     "ObjectiveLoss",
-    "images_per_tile",
 ]
-
-_CACHE_BYTES = 32 * 2**20  # a larger activation on a CPU costs more in fresh memory than the batch saves
-_DEVICE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -289,15 +285,32 @@ class CharacteristicFunction(Objective):
         kept: list[Tensor] = []
         sums = frequencies.new_zeros(2, len(real.indices), len(frequencies))
         count = 0
+        # Several tiles share a matrix product: one of few rows takes longer to read the frequencies than to multiply.
+        most = tile_bytes(frequencies.device) // (4 * max(frequencies.shape))
+        waiting: list[Tensor] = []
+        classes: list[int] = []
+
+        def project() -> None:
+            if waiting:
+                index = torch.tensor(classes, device=sums.device)
+                sums.index_add_(1, index, characteristic_sums(torch.cat(waiting), frequencies).to(sums.dtype))
+                waiting.clear()
+                classes.clear()
+
         with torch.no_grad():
             for rows, images in self._real_tiles(real, draw, self._tile(net, real)):
                 features = unit_rows(_features(net, images))
                 if collect:
                     kept.append(features.flatten(0, 1))
                 else:
-                    sums[:, rows] += characteristic_sums(features, frequencies)
+                    size = features.shape[1]
+                    if waiting and (waiting[0].shape[1] != size or (len(classes) + len(features)) * size > most):
+                        project()
+                    waiting.append(features)
+                    classes.extend(range(*rows.indices(len(real.indices))))
                 if rows.start == 0:
                     count += features.shape[1]
+            project()
         if collect:
             sums = characteristic_sums(torch.cat(kept).view(len(real.indices), count, -1), frequencies)
         return sums / count
@@ -518,48 +531,6 @@ class CalibrationTerm:
         labels = torch.arange(classes.start, classes.stop, device=logits.device).repeat_interleave(synthetic.shape[1])
         losses = F.cross_entropy(logits.to(_wide(logits.dtype)), labels, reduction="none")
         return ObjectiveLoss(self.weight * losses.view(len(classes), -1).mean(1))
-
-
-@check_types
-def images_per_tile(net: nn.Module, image_shape: tuple[int, ...], device: torch.device | str) -> int:
-    """Return how many images go through a network at once so that its largest output stays in the cache.
-
-    On a CPU that output has about 32 MB, as fresh memory for more costs more time than it saves; on an accelerator it
-    may have 2 GB.
-
-    Args:
-        net: on ``device``; one image of zeros passes through it in evaluation mode.
-        image_shape: channels, height and width.
-        device: of the images.
-
-    Raises:
-        ValueError: for another shape.
-
-    Example:
-        >>> from lightning_plugins.models import convnet3
-        >>> images_per_tile(convnet3(), (3, 32, 32), "cpu")
-        64
-    """
-    if not image_shape or min(image_shape) < 1:
-        raise ValueError(f"image_shape must be channels, height and width, each at least 1, got {image_shape!r}")
-    device = torch.device(device)
-    largest = 1
-    hooks = []
-
-    def see(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.numel() * output.element_size())
-
-    try:
-        hooks = [module.register_forward_hook(see) for module in net.modules()]
-        with evaluation_mode(net), torch.no_grad():
-            dtype = next((value.dtype for value in net.parameters()), torch.float32)
-            net(torch.zeros(1, *image_shape, device=device, dtype=dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(1, (_CACHE_BYTES if device.type == "cpu" else _DEVICE_BYTES) // largest)
 
 
 def _features(net: nn.Module, images: Tensor) -> Tensor:

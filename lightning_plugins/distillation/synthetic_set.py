@@ -417,7 +417,7 @@ class SyntheticSet(nn.Module):
         if self.class_names is None:
             return index
         name = re.sub(r"[^\w.-]+", "_", self.class_names[label])
-        return f"{index}_{name[:64]}"
+        return index if name == index else f"{index}_{name[:64]}"
 
     def _index(self, count: int) -> Tensor:
         return decode_index(count, self.rho, self.variant, bound=self.bound)

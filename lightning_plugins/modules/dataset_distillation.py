@@ -507,7 +507,9 @@ class DatasetDistillation(pl.LightningModule):
 
     def _show(self) -> None:
         if self.trainer.is_global_zero:
-            show_set(self.trainer, self._set(), start=self._start, class_losses=self._class_losses)
+            # One loss of all classes, spread over them, is no news.
+            losses = None if self._objective().needs_all_classes else self._class_losses
+            show_set(self.trainer, self._set(), start=self._start, class_losses=losses)
 
     def _image_optimizer(self) -> Any:
         optimizers = self.optimizers()

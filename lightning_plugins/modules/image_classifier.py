@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.grouped import ClassAccuracy
 from lightning_plugins.models import build_model
 
@@ -59,6 +60,7 @@ class ImageClassifier(pl.LightningModule):
     mean: Tensor
     std: Tensor
 
+    @check_types
     def __init__(
         self,
         model: nn.Module | str,

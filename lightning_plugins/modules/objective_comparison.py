@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_plugins.checks import check_types
 from lightning_plugins.gradients import grad_context, ordinary
 from lightning_plugins.logging import log_figure, log_table
 from lightning_plugins.models import build_model
@@ -69,6 +70,7 @@ class ObjectiveComparison(pl.LightningModule):
     mean: Tensor
     std: Tensor
 
+    @check_types
     def __init__(
         self,
         model: nn.Module | str,
@@ -93,9 +95,6 @@ class ObjectiveComparison(pl.LightningModule):
             raise ValueError("objectives must name at least one objective, such as {'plain': PGDAT()}")
         if any("." in name or "/" in name or not name for name in objectives):
             raise ValueError(f"names of objectives must have no dot and no slash, got {list(objectives)}")
-        for name, values in {"mean": mean, "std": std}.items():
-            if not all(isinstance(value, int | float) for value in values or ()):
-                raise TypeError(f"{name} must be a number for each channel, got {values!r}")
         if not all(value > 0 for value in std or ()):
             raise ValueError(f"std must be above 0, got {std!r}")
         self.attack = PGDAttack(eps=0.1, step_size=0.025, num_steps=7) if attack is None else attack

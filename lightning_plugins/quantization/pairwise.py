@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_plugins import hessian
+from lightning_plugins._progress import progress_bar
 
 __all__ = [
     "LossFn",
@@ -19,10 +19,8 @@ __all__ = [
     "loss_and_accuracy",
     "measured_interactions",
     "over_processes",
-    "progress",
 ]
 
-T = TypeVar("T")
 _VECTORS_AT_ONCE = 8
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -48,7 +46,7 @@ def interactions_by_products(
     matrix = torch.zeros(len(names), len(names), dtype=torch.float64)
     # Vectors share a gradient, but all of them at once would need a copy of the weights for each layer.
     starts = range(0, len(names), _VECTORS_AT_ONCE)
-    for start in progress(starts, "Hessian-vector products"):
+    for start in progress_bar(starts, title="Hessian-vector products"):
         some = names[start : start + _VECTORS_AT_ONCE]
         vectors = [{name: deltas[name]} for name in some]
         products = hessian.hessian_vector_products(model, loss_fn, batches, vectors, layers=names)
@@ -92,7 +90,7 @@ def measured_interactions(model: nn.Module, loss_fn: LossFn, batches: Batches, d
     alone = [loss(name) - start for name in names]
     matrix = torch.diag(2 * torch.tensor(alone, dtype=torch.float64))
     pairs = [(row, column) for row in range(len(names)) for column in range(row)]
-    for row, column in progress(pairs, "loss of each pair of layers"):
+    for row, column in progress_bar(pairs, title="loss of each pair of layers"):
         together = loss(names[row], names[column]) - start
         matrix[row, column] = matrix[column, row] = together - alone[row] - alone[column]
     return matrix
@@ -132,9 +130,3 @@ def over_processes(*values: float) -> list[float]:
     torch.distributed.all_reduce(sums)
     result: list[float] = sums.tolist()
     return result
-
-
-def progress(items: Sequence[T], what: str) -> Iterable[T]:
-    """Return the items with a bar on a terminal, if going through them takes long."""
-    bar: Iterable[T] = tqdm(items, desc=what, delay=2.0, leave=False, disable=None)
-    return bar

@@ -25,8 +25,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import is_parametrized
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.modes import evaluation_mode
 from lightning_plugins.quantization.accounting import cost
@@ -509,7 +509,7 @@ def adaquant_(
     errors: dict[str, tuple[float, float]] = {}
     short: list[str] = []
     trimmed: list[str] = []
-    for position, name in enumerate(tqdm(names, desc="AdaQuant", disable=not progress)):
+    for position, name in enumerate(progress_bar(names, title="AdaQuant", show=progress)):
         layer = layers[name]
         with borrowed(reference, FULL_PRECISION):
             x, y, total = _activations(reference, name, known, run, memory_limit)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_plugins import hessian
+from lightning_plugins._progress import progress_bar
 from lightning_plugins.batches import BatchFn, inputs_and_targets
 from lightning_plugins.checks import check_types, warn_caller
 from lightning_plugins.quantization.accounting import cost
@@ -36,7 +37,6 @@ from lightning_plugins.quantization.pairwise import (
     loss_and_accuracy,
     measured_interactions,
     over_processes,
-    progress,
 )
 from lightning_plugins.quantization.sensitivity import LayerSensitivity, SensitivityTable
 
@@ -494,7 +494,7 @@ def _loss_increase(net: _Net, measure: Measure) -> _Scores:
     start = evaluate(highest)
     losses = {name: {candidates[0]: 0.0} for name, candidates in net.bits.items()}
     trials = [(name, b) for name, candidates in net.bits.items() for b in candidates[1:]]
-    for name, b in progress(trials, "loss increase of each layer"):
+    for name, b in progress_bar(trials, title="loss increase of each layer"):
         losses[name][b] = max(evaluate(highest | {name: b}) - start, _SMALLEST_INCREASE)
     importance = {name: by_bits[net.bits[name][-1]] for name, by_bits in losses.items()}
     return _Scores(

@@ -35,6 +35,7 @@ from lightning_plugins.robustness.disparity import (
     robust_optimal_classifier,
     stable_class_errors,
 )
+from lightning_plugins.robustness.entropy import LowEntropyLoss, low_entropy_loss
 from lightning_plugins.robustness.fab import fab
 from lightning_plugins.robustness.feature_attribution import (
     BlockDataset,
@@ -155,6 +156,7 @@ __all__ = [
     "LogitAdjustedLoss",
     "LogitAdjustment",
     "LogitMargin",
+    "LowEntropyLoss",
     "MART",
     "MaskingVerdict",
     "MinimalPerturbation",
@@ -214,6 +216,7 @@ __all__ = [
     "linearised_minimal_eps",
     "lms_dataset",
     "logit_adjusted_loss",
+    "low_entropy_loss",
     "margin_loss",
     "pgd",
     "robust_optimal_classifier",

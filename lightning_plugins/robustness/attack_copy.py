@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lightning_plugins.checks import warn_caller
+from lightning_plugins.checks import check_types, warn_caller
 
 __all__ = ["AttackCopy", "attack_copy"]
 
@@ -50,6 +50,7 @@ class AttackCopy(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+@check_types
 def attack_copy(
     model: nn.Module,
     *,

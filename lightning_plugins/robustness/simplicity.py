@@ -106,7 +106,8 @@ def slab_dataset(
             f"margin must be at least 0 and below {width / gaps:.4g}, where {max(num_slabs)} slabs have no width left; "
             f"got {margin!r}"
         )
-    flips = tuple(noise) if isinstance(noise, Sequence) else (noise,) * len(num_slabs)
+    shares = torch.as_tensor(noise, dtype=torch.float64).tolist()
+    flips = tuple(shares) if isinstance(shares, list) else (shares,) * len(num_slabs)
     if len(flips) != len(num_slabs) or not all(0 <= flip <= 1 for flip in flips):
         raise ValueError(f"noise must lie in [0, 1], one number or {len(num_slabs)}, got {noise!r}")
     generator = private_generator(generator)

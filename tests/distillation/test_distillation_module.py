@@ -20,6 +20,7 @@ from lightning_plugins.distillation import (
     FrequencySampler,
     SyntheticSet,
     decode,
+    image_grid,
     preset_settings,
 )
 from lightning_plugins.distillation.presets import PRESETS, merged
@@ -359,6 +360,8 @@ def test_pictures_and_scalars(tmp_path):
     trainer.fit(module)
     names = {path.name.split("-step")[0] for path in tmp_path.rglob("media/distillation/*.png")}
     assert names == {"images", "images_decoded", "images_change", "loss_per_class"}
+    assert image_grid(torch.rand(2, 1, 1, 8, 8)).shape == (1, 66, 131)
+    assert image_grid(torch.rand(2, 1, 3, 32, 32)).shape == (3, 130, 259)
     expected = ["calibration_loss", "squared_difference", "modulus_real", "pixel_min", "lr", "gradient_norm_images"]
     assert {f"distillation/{name}" for name in expected} <= set(trainer.callback_metrics)
     assert "distillation/batch_real: 6" in "".join(path.read_text() for path in tmp_path.rglob("hparams.yaml"))

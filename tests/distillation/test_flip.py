@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_plugins.data import FashionMNISTDataModule, fashion_mnist
 from lightning_plugins.distillation import FlipUnion, decode, flip_detectability, flip_union
 
 
@@ -43,6 +44,17 @@ def test_auto_leaves_out_exactly_the_classes_that_face_one_way():
     # a part of the classes, as one call of several has it
     assert torch.equal(flip.per_class(images[1:3], classes=range(1, 3)), united[1:3])
     assert flip.per_class(images, side="real") is images
+
+
+@pytest.mark.skipif(
+    not fashion_mnist.DEBIAN_FOLDER.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+)
+def test_auto_leaves_out_the_shoes_of_fashion_mnist(tmp_path):
+    data = FashionMNISTDataModule(root=str(tmp_path), val_fraction=0.0)
+    data.setup("fit")
+    images, labels = data.train_set.images, data.train_set.targets
+    flip = FlipUnion("auto").fit(images[labels == label].view(-1, 1, 28, 28) for label in range(10))
+    assert flip.flipped_classes(10) == (0, 1, 2, 3, 4, 6, 8)
 
 
 def test_a_mixed_batch_gets_the_mirror_images_of_flipped_classes_alone():

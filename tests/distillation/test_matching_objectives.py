@@ -25,6 +25,7 @@ from lightning_plugins.distillation import (
     SyntheticSet,
     characteristic_function_discrepancy,
     images_per_tile,
+    objectives,
     untrained_net,
     vectorised_constants,
 )
@@ -234,6 +235,38 @@ def test_the_largest_output_decides_the_tile():
     assert images_per_tile(net, (1, 28, 28), "cpu") == 64
     assert images_per_tile(convnet3(width=32), (3, 32, 32), "cpu") == 256
     assert modes == [module.training for module in net.modules()]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_more_real_images_than_a_tile_are_in_the_network(name):
+    net, seen = make_net(), []
+    net.features[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    real, synthetic = data(synthetic_per_class=1)
+    OBJECTIVES[name](tile_size=4).loss(net, real, synthetic)
+    assert max(seen) <= 4
+
+
+@pytest.mark.parametrize("tile_size", [3, 10])
+def test_projections_of_a_few_rows_at_a_time_are_those_of_all(monkeypatch, tile_size):
+    net = make_net()
+    real, synthetic = data()
+    objective = OBJECTIVES["cf"](tile_size=tile_size)
+    draw = objective.draw(net, CLASSES)
+    wanted = objective.loss(net, real, synthetic, draw=draw).per_class
+    rows = []
+    monkeypatch.setattr(objectives, "tile_bytes", lambda device: 8 * 4 * 32)
+    original = objectives.characteristic_sums
+
+    def watched(features: Tensor, frequencies: Tensor) -> Tensor:
+        rows.append(features[..., 0].numel())
+        return original(features, frequencies)
+
+    monkeypatch.setattr(objectives, "characteristic_sums", watched)
+    found = objective.loss(net, real, synthetic, draw=draw).per_class
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert max(rows[:-1]) <= max(8, tile_size)
+    assert sum(rows[:-1]) == 30
+    assert len(rows) >= 4
 
 
 class Operations(TorchDispatchMode):

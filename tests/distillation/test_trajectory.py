@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
@@ -253,7 +254,9 @@ def test_a_distillation_records_resumes_and_needs_all_classes(tmp_path):
         return distillation(matching(augmentation=augmentation, flip=FlipUnion("synthetic")))
 
     straight = make()
-    make_trainer(tmp_path, 2).fit(straight)
+    make_trainer(tmp_path, 2, logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(straight)
+    names = {path.name.split("-step")[0] for path in tmp_path.rglob("media/distillation/*.png")}
+    assert names == {"images", "images_change"}  # no loss of each class, which would be the same for all
     assert straight.classes_per_group == 3
     assert straight.objective.experts.weights.shape[:2] == (1, 4)
     assert not torch.equal(straight.synthetic.images, straight._start)

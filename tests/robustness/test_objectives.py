@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_plugins.features import PenultimateFeatures
 from lightning_plugins.robustness import (
     CDT,
     LDAM,
@@ -184,6 +185,63 @@ def test_srat_says_when_the_features_have_collapsed(batch):
 def test_features_need_a_module(batch):
     with pytest.raises(TypeError, match=r"nn\.Module"):
         SRAT(counts=COUNTS)(lambda x: x[:, :3], *batch)
+
+
+class InAList(nn.Module):
+    """Calls a compiled copy of its net that is not among its submodules."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.compiled = net, [torch.compile(net, backend="eager")]
+
+    def forward(self, inputs):
+        return self.compiled[0](inputs)
+
+
+def in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+COMPILED = {
+    "whole": lambda net: torch.compile(net, backend="eager"),
+    "in place": in_place,
+    "head": lambda net: nn.Sequential(net[:2], torch.compile(net[2], backend="eager")),
+    "in a list": InAList,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_features_of_compiled_nets_are_those_of_the_net(net, batch, name):
+    # As in training under attack: the net has been called, and so compiled, before anybody asks for its features.
+    objective = SRAT(counts=COUNTS, ramp=0.0)
+    expected = objective(net, *batch)
+    (gradient,) = torch.autograd.grad(expected, [net[0].weight])
+    torch.compiler.reset()
+    compiled = COMPILED[name](net)
+    compiled(batch[0])
+    for _ in range(2):
+        loss = objective(compiled, *batch)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, [net[0].weight])[0], gradient)
+    torch.testing.assert_close(compiled(batch[0]), net(batch[0]))
+    torch.compiler.reset()
+
+
+def test_a_layer_of_a_compiled_net_keeps_its_name(net, batch):
+    owner = nn.ModuleDict({"net": torch.compile(net, backend="eager")})
+    with PenultimateFeatures(owner, output_of="net.0") as seen:
+        owner["net"](batch[0])
+    torch.testing.assert_close(seen.last, net[0](batch[0]))
+
+
+def test_an_objective_inside_of_a_compiled_step(net, batch):
+    objective = SRAT(counts=COUNTS, ramp=0.0)
+    torch.compiler.reset()
+    step = torch.compile(lambda *rows: objective(net, *rows), backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(step(*batch), objective(net, *batch))
+    torch.compiler.reset()
 
 
 def test_balanced_softmax_is_logit_adjustment_and_cdt_without_gamma_is_plain(net, batch):

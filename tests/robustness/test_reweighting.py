@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_plugins.mixing import MixedLabels
+from lightning_plugins.robustness.entropy import LowEntropyLoss, low_entropy_loss
 from lightning_plugins.robustness.reweighting import (
     BalancedSoftmaxLoss,
     CDTLoss,
@@ -325,6 +326,7 @@ def test_wrong_arguments_are_refused(call, message):
         lambda z, y: balanced_softmax_loss(z, y, [9, 3, 1]),
         lambda z, y: logit_adjusted_loss(z, y, [9, 3, 1], 0.5),
         lambda z, y: cdt_loss(z, y, [9, 3, 1], 0.3),
+        lambda z, y: low_entropy_loss(z, y, 0.3),
     ],
 )
 def test_losses_of_mixed_labels_are_weighted_sums(loss):
@@ -333,3 +335,29 @@ def test_losses_of_mixed_labels_are_weighted_sums(loss):
     mixed = MixedLabels(torch.stack([one, two]), torch.tensor([0.7, 0.3]))
     assert torch.allclose(loss(logits, mixed), 0.7 * loss(logits, one) + 0.3 * loss(logits, two))
     assert mixed.used
+
+
+def test_low_entropy_is_cross_entropy_plus_the_entropy():
+    logits, target = batch(dtype=torch.float64)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    cross_entropy = F.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(low_entropy_loss(logits, target, 0.3, reduction="none"), cross_entropy + 0.3 * entropy)
+    torch.testing.assert_close(LowEntropyLoss(0.3)(logits, target), (cross_entropy + 0.3 * entropy).mean())
+    torch.testing.assert_close(low_entropy_loss(logits, target, 0.0), cross_entropy.mean())
+    assert torch.autograd.gradcheck(lambda o: low_entropy_loss(o, target, 0.3), logits.requires_grad_())
+
+
+def test_low_entropy_of_a_class_that_is_ruled_out_is_finite():
+    logits = torch.tensor([[1.0, 2.0, -math.inf]], requires_grad=True)
+    loss = low_entropy_loss(logits, torch.tensor([1]), 0.5)
+    torch.testing.assert_close(loss, low_entropy_loss(logits[:, :2], torch.tensor([1]), 0.5))
+    (gradient,) = torch.autograd.grad(loss, [logits])
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("penalty", [-0.1, math.inf])
+def test_a_penalty_below_0_is_refused(penalty):
+    with pytest.raises(ValueError, match="penalty must be at least 0 and finite"):
+        LowEntropyLoss(penalty)
+    with pytest.raises(ValueError, match="penalty must be at least 0 and finite"):
+        low_entropy_loss(LOGITS, TARGET, penalty)

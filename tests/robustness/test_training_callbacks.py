@@ -285,3 +285,28 @@ def test_reweighting_beside_an_objective_is_refused(tmp_path):
 def test_wrong_arguments_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+class CompiledLate(TinyImages):
+    """Compiles its net where Lightning asks it to."""
+
+    def configure_model(self):
+        if not hasattr(self.net, "_orig_mod"):
+            self.net = torch.compile(self.net, backend="eager")
+
+
+@pytest.mark.parametrize("kind", ["late", "whole"])
+def test_objectives_that_read_features_train_compiled_modules_the_same(tmp_path, kind):
+    make = {
+        "plain": TinyImages,
+        "late": CompiledLate,
+        "whole": lambda: torch.compile(TinyImages(), backend="eager"),
+    }
+    trained = {}
+    for name in ("plain", kind):
+        torch.compiler.reset()
+        callback = AdversarialTraining(ATTACK, SRAT(counts=[9, 3, 2], ramp=0.0))
+        trainer = fit(tmp_path, make[name](), callback, epochs=1, limit_val_batches=0)
+        trained[name] = list(trainer.lightning_module.parameters())
+    torch.compiler.reset()
+    torch.testing.assert_close(trained[kind], trained["plain"])
