@@ -194,12 +194,12 @@ class Search:
         return order[order != self.targets.unsqueeze(1)].reshape(len(order), order.shape[1] - 1)
 
     def gradient(
-        self, space: PerturbationSet, coordinates: Tensor, loss: Callable[[Tensor], Tensor]
+        self, space: PerturbationSet, coordinates: Tensor, loss: Callable[[Tensor], Tensor], targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return gradients, losses and logits, averaged over the samples of a random network."""
-        totals = self.network.gradient(space, coordinates, loss)
+        totals = self.network.gradient(space, coordinates, loss, targets)
         for _ in range(self.num_samples - 1):
-            more = self.network.gradient(space, coordinates, loss)
+            more = self.network.gradient(space, coordinates, loss, targets)
             totals = (totals[0] + more[0], totals[1] + more[1], totals[2] + more[2])
         if self.num_samples > 1:
             totals = (totals[0] / self.num_samples, totals[1] / self.num_samples, totals[2] / self.num_samples)
@@ -232,13 +232,13 @@ def run_apgd(
 
 def _run(search: Search, rows: Tensor, loss: Loss, num_steps: int, generator: torch.Generator) -> None:
     """Attack some rows from one random start."""
-    space = search.space.rows(rows)
+    space, targets = search.space.rows(rows), search.targets[rows]
     if space.norm == "linf":
         now = space.boundary(2.0 * space.draw(generator) - 1.0)
     else:
         now = space.boundary(space.draw(generator, normal=True))
-    gradient, value, logits = search.gradient(space, now, lambda o: loss(o, rows))
-    broken = wrong(logits, search.targets[rows])
+    gradient, value, logits = search.gradient(space, now, lambda o: loss(o, rows), targets)
+    broken = wrong(logits, targets)
     hit, hit_logits = now.clone(), logits
     best, best_gradient, best_value = now, gradient, value
     old, previous_value = now, value
@@ -252,8 +252,8 @@ def _run(search: Search, rows: Tensor, loss: Loss, num_steps: int, generator: to
         change, old = now - old, now
         target = space.project(space.ascend(now, gradient, 2.0 * space.radius * space.unit * step))
         now = space.project(now + momentum * (target - now) + (1.0 - momentum) * change)
-        gradient, value, logits = search.gradient(space, now, lambda o: loss(o, rows))  # noqa: B023
-        fell = wrong(logits, search.targets[rows])
+        gradient, value, logits = search.gradient(space, now, lambda o: loss(o, rows), targets)  # noqa: B023
+        fell = wrong(logits, targets)
         hit = torch.where(per_row(fell, now), now, hit)
         hit_logits = torch.where(fell.unsqueeze(1), logits, hit_logits)
         broken = broken | fell
@@ -277,7 +277,7 @@ def _run(search: Search, rows: Tensor, loss: Loss, num_steps: int, generator: to
             keep = ~broken
             if not bool(keep.any()):
                 return
-            rows, space = rows[keep], space.rows(keep)
+            rows, targets, space = rows[keep], targets[keep], space.rows(keep)
             now, old, gradient, best, best_gradient, best_value, previous_value, checked_value = (
                 state[keep]
                 for state in (now, old, gradient, best, best_gradient, best_value, previous_value, checked_value)

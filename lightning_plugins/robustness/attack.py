@@ -34,8 +34,8 @@ class AttackResult:
         logits: ``(N, C)`` for ``adversarial``, at least float32: metrics need no further pass.
         num_gradients: passes forward and backward to the input, whatever the number of images in each.
         num_forwards: all forward passes, those of the gradients included.
-        num_zero_gradients: images, summed over passes, whose gradient was exactly zero. Many mean that the attack was
-            blind and the network only looks robust.
+        num_zero_gradients: images, summed over passes, whose gradient was exactly zero while they were still classified
+            right. Many mean that the attack was blind and the network only looks robust.
     """
 
     adversarial: Tensor
@@ -62,20 +62,37 @@ class Network:
             return self.forward(images)
 
     def gradient(
-        self, space: PerturbationSet, coordinates: Tensor, loss: Callable[[Tensor], Tensor]
+        self,
+        space: PerturbationSet,
+        coordinates: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradient of each row's loss with respect to its coordinates, the losses, and the logits."""
+        """Return the gradient of each row's loss with respect to its coordinates, the losses, and the logits.
+
+        With ``targets`` only rows that are still right count among the zero gradients: the DLR loss is constant where
+        the true class comes third, and a row that is wrong already needs no gradient.
+        """
         images = space.image(coordinates).detach().requires_grad_()
         logits = self.forward(images)
         losses = loss(logits)
         scaled = self._half or _autocasts_to_half(images.device.type)
         total = losses.sum() * _HALF_SCALE if scaled else losses.sum()
-        gradient = self.input_gradient(space, total, images)
+        right = None if targets is None else ~wrong(logits, targets)
+        gradient = self.input_gradient(space, total, images, counted=right)
         if scaled:
             gradient = gradient.nan_to_num(0.0)  # an overflow in one pixel must not spoil the image
         return gradient, losses.detach(), logits.detach()
 
-    def input_gradient(self, space: PerturbationSet, total: Tensor, images: Tensor, *, keep: bool = False) -> Tensor:
+    def input_gradient(
+        self,
+        space: PerturbationSet,
+        total: Tensor,
+        images: Tensor,
+        *,
+        keep: bool = False,
+        counted: Tensor | None = None,
+    ) -> Tensor:
         """Return the gradient of a sum over rows with respect to the coordinates of the images."""
         if not total.requires_grad:
             raise ValueError(
@@ -85,7 +102,11 @@ class Network:
         (gradient,) = torch.autograd.grad(total, [images], retain_graph=keep)
         self.num_gradients += 1
         gradient = space.pull_back(gradient)
-        zeros = ((gradient != 0).flatten(1).sum(1) == 0).sum() if gradient.numel() else torch.tensor(0)
+        if gradient.numel():
+            zero = (gradient != 0).flatten(1).sum(1) == 0
+            zeros = zero.sum() if counted is None else (zero & counted).sum()
+        else:
+            zeros = torch.tensor(0)
         self._zeros = zeros if self._zeros is None else self._zeros + zeros
         self._num_rows += len(gradient)
         return gradient
@@ -104,8 +125,8 @@ class Network:
         zeros, of = self.zero_gradients()
         if warn and zeros > MANY_ZEROS * of:
             warn_caller(
-                f"{zeros} of {of} input gradients were exactly zero, so the attack did not see those images; if the "
-                'logits are saturated, use loss="dlr", float32, or auto_attack'
+                f"{zeros} of {of} input gradients were exactly zero, so the attack did not see those images; where "
+                'logits are saturated, loss="dlr", float32 or auto_attack help'
             )
         return AttackResult(adversarial, wrong(logits, targets), logits, self.num_gradients, self.num_forwards, zeros)
 

@@ -323,7 +323,7 @@ def _climb(
     if isinstance(step_size, Tensor):
         step_size = step_size.to(space.inputs)
     for _ in range(num_steps):
-        gradient, _, _ = network.gradient(space, coordinates, loss)
+        gradient, _, _ = network.gradient(space, coordinates, loss, targets)
         coordinates = space.project(space.ascend(coordinates, gradient, step_size))
     return coordinates, network.logits(space.image(coordinates))
 

@@ -898,6 +898,23 @@ def test_zero_gradients_are_counted_and_named():
         assert fgsm(scaled, inputs, targets, eps=0.05, loss="dlr").num_zero_gradients == 0
 
 
+@pytest.mark.parametrize("attack", ["pgd", "apgd"])
+def test_images_that_are_wrong_already_do_not_count_as_zero_gradients(attack):
+    """DLR is constant where the true class comes third: half of these images begin there."""
+    net = ToyNet().eval()
+    inputs = images(8)
+    order = net(inputs).argsort(1, descending=True)
+    targets = torch.cat([order[:4, 0], order[4:, 2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if attack == "pgd":
+            result = pgd(net, inputs, targets, eps=0.01, step_size=0.005, num_steps=2, random_start=False, loss="dlr")
+            assert result.success[4:].all()
+        else:
+            result = apgd(net, inputs, targets, eps=0.01, num_steps=5, loss="dlr")
+    assert result.num_zero_gradients == 0
+
+
 def test_grad_context_returns_to_the_callers_mode():
     with torch.inference_mode():
         with grad_context():
