@@ -93,7 +93,6 @@ def test_wrong_arguments_are_refused_or_answered_rightly():
         ("modules.ImageClassifier", Change("mean", False, "None in it"), "mean of ImageClassifier must be"),
         ("modules.ObjectiveComparison", Change("seed", False, "a string", value=True), "must be a whole number"),
         ("robustness.attack_copy", Change("channels_last", False, float("nan"), value=True), "must be True or False"),
-        ("robustness.slab_dataset", Change("noise", False, "a tensor of two"), "one number or"),
         ("calibration.FeatureStatistics", Change("labels", True, "halves"), "use labels.long"),
         ("calibration.SplineCalibration", Change("new", True, "one column"), "at least 2 classes"),
         ("data.ImageDataset", Change("targets", False, "one row"), r"must be \(M,\)"),

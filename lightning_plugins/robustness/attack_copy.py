@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lightning_plugins.checks import check_types, warn_caller
+from lightning_plugins.checks import warn_caller
 
 __all__ = ["AttackCopy", "attack_copy"]
 
@@ -50,7 +50,6 @@ class AttackCopy(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@check_types
 def attack_copy(
     model: nn.Module,
     *,
@@ -74,7 +73,7 @@ def attack_copy(
         The copy, a module for ``logits_fn``.
 
     Raises:
-        TypeError: if ``model`` is a function.
+        TypeError: if ``model`` is a function, or for another argument of the wrong type.
         ValueError: if ``dtype`` is not a floating type.
 
     Warns:
@@ -91,6 +90,10 @@ def attack_copy(
         raise TypeError(f"attack_copy needs an nn.Module, found {type(model).__name__}; wrap the function in one")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating type such as torch.bfloat16, got {dtype}")
+    if not isinstance(channels_last, bool):
+        raise TypeError(f"channels_last must be True or False, got {channels_last!r}")
+    if example is not None and not isinstance(example, Tensor):
+        raise TypeError(f"example must be a batch of images, got a {type(example).__name__}")
     with torch.inference_mode(False), torch.no_grad():
         plain = copy.deepcopy(getattr(model, "_orig_mod", model))  # a compiled module keeps the network there
         for module in plain.modules():
