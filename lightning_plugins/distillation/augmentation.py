@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.generators import PrivateGenerator
 
-__all__ = ["AugmentationDraw", "AugmentationVariant", "Operation", "SiameseAugmentation", "augment"]
+__all__ = ["AugmentationDraw", "AugmentationVariant", "Operation", "SiameseAugmentation", "augment", "augment_together"]
 
 AugmentationVariant = Literal["vico", "idc"]
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
@@ -195,6 +195,30 @@ def augment(images: Tensor, draw: AugmentationDraw) -> Tensor:
     }
     for operation in draw.operations:
         images = _FUNCTIONS[operation](images, *(numbers[name] for name in _NUMBERS[operation]))
+    return images
+
+
+def augment_together(images: Tensor, augmentations: Sequence[SiameseAugmentation]) -> Tensor:
+    """Augment several batches, each as its own augmentation would, with one call of an operation for all that chose it.
+
+    Shape:
+        - images, output: ``(J, N, channels, H, W)``, for J augmentations of the same variant and operations
+
+    Example:
+        >>> images = torch.rand(2, 3, 1, 8, 8)
+        >>> together = augment_together(images, [SiameseAugmentation(seed=seed) for seed in (1, 2)])
+        >>> torch.equal(together[1], SiameseAugmentation(seed=2)(images[1]))
+        True
+    """
+    draws = [augmentation._draw(images.shape[1]) for augmentation in augmentations]
+    for operations in zip(*(draw.operations for draw in draws), strict=True):
+        for name in dict.fromkeys(operations):
+            rows = [row for row, operation in enumerate(operations) if operation == name]
+            numbers = {key: torch.cat([draws[row].numbers[key] for row in rows]) for key in _NUMBERS[name]}  # type: ignore[misc]
+            all_rows = len(rows) == len(images)
+            chosen = images if all_rows else images[rows]
+            chosen = augment(chosen.flatten(0, 1), AugmentationDraw((name,), numbers)).view_as(chosen)
+            images = chosen if all_rows else images.index_copy(0, torch.tensor(rows, device=images.device), chosen)
     return images
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from lightning_plugins.checks import check_types
-from lightning_plugins.distillation.augmentation import AugmentationVariant, SiameseAugmentation
+from lightning_plugins.distillation.augmentation import AugmentationVariant, SiameseAugmentation, augment_together
 from lightning_plugins.distillation.extractors import NetFactory, untrained_net
 from lightning_plugins.distillation.generators import PrivateGenerator
 from lightning_plugins.distillation.pool import ClassPool
@@ -289,7 +289,10 @@ def _train_group(
     factory: NetFactory, images: Tensor, targets: Tensor, num_classes: int, protocol: Protocol, seeds: list[int]
 ) -> dict[str, Tensor]:
     nets = [untrained_net(factory, seed=seed, device=images.device).train() for seed in seeds]
-    batches = [_Batches(images, targets, num_classes, protocol, seed) for seed in seeds]
+    batches = [_Batches(len(images), protocol, seed) for seed in seeds]
+    operations: Any = tuple(name for name in protocol.operations if not (protocol.cutmix and name == "cutout"))
+    augmentations = [SiameseAugmentation(operations, variant=protocol.variant, seed=seed) for seed in seeds]
+    augmentations = augmentations if operations else []
     step_of: Callable[[Tensor, Tensor], None]
     if len(nets) == 1:
         net = nets[0]
@@ -331,8 +334,15 @@ def _train_group(
                 optimizer = _optimizer(parameters, protocol)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x, y = zip(*(batch.next() for batch in batches), strict=True)
-        step_of(torch.stack(x), torch.stack(y))
+        rows = torch.stack([batch.next() for batch in batches]).to(images.device)
+        x, y = images[rows], targets[rows]
+        if augmentations:
+            x = augment_together(x, augmentations)
+        if protocol.cutmix:
+            parts = zip(batches, x, y, strict=True)
+            mixed = [batch.mixed(own, targets_of, num_classes) for batch, own, targets_of in parts]
+            x, y = (torch.stack(column) for column in zip(*mixed, strict=True))
+        step_of(x, y)
         optimizer.step()
     if len(nets) > 1:
         return {name: value.detach() for name, value in stacked.items()}
@@ -340,31 +350,26 @@ def _train_group(
 
 
 class _Batches:
-    """The batches of one network, whose draws depend on its seed alone: shuffled epochs, augmented and mixed."""
+    """The batches of one network, whose order and mixing depend on its seed alone; a small set is one batch."""
 
-    def __init__(self, images: Tensor, targets: Tensor, num_classes: int, protocol: Protocol, seed: int) -> None:
-        self.images, self.targets, self.num_classes, self.protocol = images, targets, num_classes, protocol
+    def __init__(self, count: int, protocol: Protocol, seed: int) -> None:
+        self.count, self.size, self.share = count, protocol.batch_size, protocol.cutmix
         self.order = PrivateGenerator(seed, "order").on("cpu")
         self.mixing = PrivateGenerator(seed, "mixing").on("cpu")
-        operations: Any = tuple(name for name in protocol.operations if not (protocol.cutmix and name == "cutout"))
-        self.augmentation = SiameseAugmentation(operations, variant=protocol.variant, seed=seed) if operations else None
         self.rest: list[Tensor] = []
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Return normalised images and their classes, or their probabilities where the protocol mixes."""
-        if not self.rest:  # a small set is one batch
-            order = torch.randperm(len(self.images), generator=self.order)
-            self.rest = list(torch.split(order, self.protocol.batch_size))[::-1]
-        rows = self.rest.pop().to(self.images.device)
-        images, targets = self.images[rows], self.targets[rows]
-        if self.augmentation is not None:
-            images = self.augmentation(images)
-        share = self.protocol.cutmix
-        if share and float(torch.rand((), generator=self.mixing)) < share:
-            return cutmix(images, targets, num_classes=self.num_classes, generator=self.mixing)
-        if share and not targets.is_floating_point():
-            targets = F.one_hot(targets, self.num_classes).to(images.dtype)
-        return images, targets
+    def next(self) -> Tensor:
+        """Return the rows of the next batch of a shuffled epoch."""
+        if not self.rest:
+            self.rest = list(torch.split(torch.randperm(self.count, generator=self.order), self.size))[::-1]
+        return self.rest.pop()
+
+    def mixed(self, images: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Return images and probabilities, mixed in a share of the batches."""
+        if float(torch.rand((), generator=self.mixing)) < self.share:
+            return cutmix(images, targets, num_classes=num_classes, generator=self.mixing)
+        soft = targets if targets.is_floating_point() else F.one_hot(targets, num_classes).to(images.dtype)
+        return images, soft
 
 
 def _optimizer(parameters: list[Any], protocol: Protocol) -> torch.optim.Optimizer:

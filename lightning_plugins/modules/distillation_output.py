@@ -29,8 +29,13 @@ class SetExport(pl.Callback):
         self._trainer, self._module = trainer, pl_module if hasattr(pl_module, "export_set") else None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the settings as a table."""
-        if self._module is not None and self._module.config is not None and trainer.loggers:
+        """Log the settings as a table, or the images where nothing was distilled and no setting counted."""
+        if self._module is None or self._module.config is None or not trainer.loggers:
+            return
+        if not trainer.global_step:
+            if trainer.is_global_zero:
+                show_set(trainer, self._module.synthetic, start=None, class_losses=None)
+        else:
             rows = [[name, str(value)] for name, value in self._module.config.items()]
             log_table(trainer, "distillation/settings", ["setting", "value"], rows)
 

@@ -360,6 +360,9 @@ def test_pictures_and_scalars(tmp_path):
     trainer.fit(module)
     names = {path.name.split("-step")[0] for path in tmp_path.rglob("media/distillation/*.png")}
     assert names == {"images", "images_decoded", "images_change", "loss_per_class"}
+    evaluated = tmp_path / "evaluated"
+    make_trainer(evaluated, 0, logger=CSVLogger(evaluated)).fit(distillation("dm"))
+    assert [path.name.split("-step")[0] for path in evaluated.rglob("media/**/*.*")] == ["images"]
     assert image_grid(torch.rand(2, 1, 1, 8, 8)).shape == (1, 66, 131)
     assert image_grid(torch.rand(2, 1, 3, 32, 32)).shape == (3, 130, 259)
     expected = ["calibration_loss", "squared_difference", "modulus_real", "pixel_min", "lr", "gradient_norm_images"]
