@@ -309,7 +309,7 @@ def _save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
     a copy, which may be cut short by a kill or a full disk when the old file is lost already.
     """
     beside = path.with_name(f".{path.name}.part")
-    trainer.save_checkpoint(beside)
+    trainer.save_checkpoint(beside, weights_only=False)  # Lightning prints a line where it has to assume that
     if trainer.is_global_zero:
         if path.is_dir():  # some strategies save a folder
             shutil.rmtree(path)

@@ -44,7 +44,7 @@ ARGUMENTS = {
     "onnx_export": ("--steps 450", "--width 4 --steps 3 --rounds 2"),
     "robustness": ("--accuracy 30", "--size 8 --batch 8 --rounds 2 --threads 1"),
     "distillation": ("", "--batch 8 --images 4 --width 8 --frequencies 64 --steps 2 --rounds 1 --threads 1"),
-    "calibration": ("--classes 100 1000", "--samples 2000 --classes 10 --rounds 2 --threads 1"),
+    "calibration": ("--classes 100 1000 --rounds 3 --threads 1", "--samples 2000 --classes 10 --rounds 2 --threads 1"),
     "h_calibration": ("--threads 1", "--samples 500 --classes 10 --rounds 2 --threads 1"),
     "overhead": ("", "--steps 80 --rounds 1 --start-rounds 1"),
     "growth": ("", "--rounds 1 --sizes 2"),
