@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 
@@ -24,13 +25,15 @@ def progress_bar(
         title: of the bar.
         total: number of updates, where it does not follow from ``items``.
         show: None shows it on a terminal once it has taken ``delay`` seconds, and leaves log files alone; True shows it
-            at once and everywhere, False never.
+            at once and everywhere, False never. Of several processes only the first shows one.
         delay: in seconds.
     """
     # While Lightning's own bar is on the screen, rich catches what is written and makes a line of each refresh. Written
     # past it, this bar stands in the place of that one's last line until that one is drawn again.
     file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
     disable = None if show is None else not show
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        disable = True
     if items is not None:
         total = _length(items) if total is None else total
         items = iter(items)  # tqdm would ask loaders for a length that they do not have

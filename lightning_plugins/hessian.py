@@ -152,7 +152,7 @@ def hessian_trace(
         for kind, probe in _PROBES.items():
             names = [name for name in kinds if kinds[name] == kind]
             title = f"trace, {kind.replace('_', '-')}"
-            with _progress_bar(progress, f"{title}, {len(names)} layers", None if names else 0) as bar:
+            with progress_bar(title=f"{title}, {len(names)} layers", show=progress if names else False) as bar:
                 estimates |= _probe_in_rounds(problem, names, kind, probe, num_probes, tolerance, generator, bar)
     return {name: estimates[name] for name in kinds}
 
@@ -212,7 +212,7 @@ def top_eigenvalue(
         kinds = problem.curvatures(curvature)
         vectors = {name: _unit(vector) for name, vector in problem.random_vectors(seed).items()}
         estimates: dict[str, Estimate] = {}
-        with _progress_bar(progress, f"top eigenvalue, {len(kinds)} layers", num_iterations) as bar:
+        with progress_bar(title=f"top eigenvalue, {len(kinds)} layers", total=num_iterations, show=progress) as bar:
             for iteration in range(1, num_iterations + 1):
                 for name, product in problem.block_products(vectors, kinds).items():
                     value = float((vectors[name] * product).sum())
@@ -290,7 +290,7 @@ def leading_eigenvalues(
                 )
         kinds = problem.curvatures(curvature)
         starts = problem.random_vectors(seed)
-        with _progress_bar(progress, "leading eigenvalues", len(kinds)) as bar:
+        with progress_bar(title="leading eigenvalues", total=len(kinds), show=progress) as bar:
             for name, weight in problem.weights.items():
                 products = 0
 
@@ -537,8 +537,3 @@ def _seed_of_process(seed: int) -> int:
     rank = torch.distributed.get_rank() if distributed() else 0
     seeds = torch.randint(2**62, (rank + 1,), generator=torch.Generator().manual_seed(seed))
     return int(seeds[rank])
-
-
-def _progress_bar(progress: bool | None, title: str, total: int | None) -> tqdm:
-    hidden = progress is False or total == 0 or (distributed() and torch.distributed.get_rank() != 0)
-    return progress_bar(title=title, total=total, show=False if hidden else progress)

@@ -58,6 +58,16 @@ def test_short_work_and_log_files_show_no_bar(capfd, monkeypatch):
     assert "asked for" in capfd.readouterr().err
 
 
+def test_one_process_of_several_shows_a_bar(monkeypatch):
+    terminal = on_a_terminal(monkeypatch)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        assert terminal.getvalue() == ""
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        list(progress_bar(range(3), title="shared", show=True))
+    assert "shared" in terminal.getvalue()
+
+
 def test_what_has_no_length_is_not_asked_for_one(monkeypatch):
     class Stream:
         def __iter__(self):

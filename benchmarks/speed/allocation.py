@@ -15,7 +15,6 @@ between the two optima is reported. HiGHS, inside of scipy, writes some lines of
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import environment, peak_memory, spread
+from interleaved import environment, peak_memory, spread, write
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 from tables import allocation as markdown
@@ -138,10 +137,7 @@ def main() -> None:
         "setting": f"four candidates per layer; medians over {options.seeds} seeds and {options.rounds} rounds",
         "rows": rows,
     }
-    for target, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

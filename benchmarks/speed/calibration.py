@@ -13,9 +13,7 @@ other spoil both ratios; the JSON holds the load.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, add_peer, environment, measure
+from interleaved import Contender, add_peer, environment, measure, write
 from tables import calibration as markdown
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassCalibrationError
@@ -185,11 +183,7 @@ def main() -> None:
             for name, row in rows.items():
                 value = "" if row["result"] is None else f"{row['result']:.6g}"
                 print(f"{name:38}{row['wall_ratio']:9.2f}{row['wall_ms']:10.1f}{row['cpu_ratio']:9.2f}   {value}")
-    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

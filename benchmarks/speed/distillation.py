@@ -20,13 +20,11 @@ Further tables compare the evaluation of five networks trained jointly with five
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from interleaved import Contender, environment, measure
+from interleaved import Contender, environment, measure, write
 from tables import distillation as markdown
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,11 +194,7 @@ def main() -> None:
                 f"{name:34}{row['wall_ratio']:8.2f}{row['wall_ms']:10.0f}{row['cpu_ratio']:8.2f}{row['operations']:12}"
             )
     report = {"environment": environment(), "setting": setting, "rounds": options.rounds, "tables": tables}
-    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

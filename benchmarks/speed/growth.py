@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from allocation import draw as draw_table
 from allocation import scipy_solver
 from calibration import draw as draw_logits
 from distillation import contenders as matching
-from interleaved import Contender, environment, measure
+from interleaved import Contender, environment, measure, write
 from quantization import make_batch, trainer_of
 from robustness import ours as attack
 from robustness import passes
@@ -263,11 +262,7 @@ def main() -> None:
         report["series"].append(one)
         print(f"ranks {options.ranks}: of the floor {', '.join(f'{ratio:.2f}' for ratio in one['ratios'])}")
     print("\n" + markdown(report))
-    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

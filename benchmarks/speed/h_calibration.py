@@ -11,14 +11,12 @@ convolution form trains its clusters on 256 rows for each of them, as faiss does
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, environment, measure
+from interleaved import Contender, environment, measure, write
 from tables import h_calibration as markdown
 from torch import Tensor
 
@@ -118,11 +116,7 @@ def main() -> None:
         "rounds": options.rounds,
         "rows": rows,
     }
-    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

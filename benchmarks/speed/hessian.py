@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import add_peer, environment, measure
+from interleaved import add_peer, environment, measure, write
 from scipy.stats import spearmanr
 from tables import hessian as markdown
 from torch import Tensor, nn
@@ -217,14 +215,7 @@ def main() -> None:
         ratio = report["ours_over_pyhessian"]
         print(f"ours / PyHessian for equal accuracy: 1/{1 / ratio:.1f} (goal 1/{1 / GOAL:.0f})")
         print(f"difference of both in standard errors: {report['difference_in_standard_errors']:.2f}")
-    for path, text in (
-        (options.json, json.dumps(report, indent=2) + "\n"),
-        (options.markdown, markdown(report)),
-    ):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

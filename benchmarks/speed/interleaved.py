@@ -6,10 +6,12 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -140,3 +142,12 @@ def environment(*packages: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def write(report: dict[str, Any], table: str, json_file: Path | None, markdown_file: Path | None) -> None:
+    """Write a report and its table to the files that were asked for."""
+    for path, text in ((json_file, json.dumps(report, indent=2) + "\n"), (markdown_file, table)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"written to {path}", file=sys.stderr)

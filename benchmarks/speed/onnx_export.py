@@ -12,7 +12,6 @@ on one thread, in an order that rotates from round to round: best wall time of e
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 import warnings
@@ -24,7 +23,7 @@ import lightning.pytorch as pl
 import onnx
 import onnxruntime
 import torch
-from interleaved import Contender, environment, measure
+from interleaved import Contender, environment, measure, write
 from tables import onnx_export as markdown
 from torch import Tensor, nn
 
@@ -150,10 +149,7 @@ def main() -> None:
         f"{options.rounds} rounds; trained for {options.steps} steps; 10,000 test images of Fashion-MNIST",
         "rows": rows,
     }
-    for target, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import logging
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from interleaved import environment
+from interleaved import environment, write
 from tables import overhead as markdown
 from torch import Tensor, nn
 
@@ -265,11 +264,7 @@ def main() -> None:
     print(markdown(report))
     for kind, goal in (("idle", IDLE_GOAL), ("recording", RECORDING_GOAL)):
         print(f"{kind}: at most {report[f'worst_{kind}_cpu_us']:.1f} us of CPU a step; the goal is {goal:.0f}")
-    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ the load.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, add_peer, environment, measure
+from interleaved import Contender, add_peer, environment, measure, write
 from tables import quantization as markdown
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -274,11 +272,7 @@ def main() -> None:
         "rows": rows,
         "left_out": left_out,
     }
-    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,13 @@ bfloat16 copy is compared with that under the attack on the net itself, both mea
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, add_peer, environment, measure
+from interleaved import Contender, add_peer, environment, measure, write
 from tables import robustness as markdown
 from torch import Tensor, nn
 
@@ -204,11 +202,7 @@ def main() -> None:
         "accuracies": accuracies,
         "left_out": left_out,
     }
-    for path, text in {options.json: json.dumps(report, indent=2) + "\n", options.markdown: markdown(report)}.items():
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"written to {path}", file=sys.stderr)
+    write(report, markdown(report), options.json, options.markdown)
 
 
 if __name__ == "__main__":

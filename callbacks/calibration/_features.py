@@ -86,7 +86,8 @@ def training_batches(
         choose: takes the number of samples and returns the indices of those to read; default the first ones.
         share: each process reads its share; otherwise all of them read everything.
     """
-    loader, title = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None), "training data once more"
+    loader = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
+    title = "training data once more"
     if loader is None:
         return
     batches = trainer.num_training_batches

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins._mixed_labels import takes_mixed_labels
 from lightning_plugins.checks import check_types
 from lightning_plugins.losses import Reduction, check_at_least_0, checked_logits, reduced
-from lightning_plugins.mixing import takes_mixed_labels
 
 __all__ = ["LowEntropyLoss", "low_entropy_loss"]
 
