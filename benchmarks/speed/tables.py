@@ -205,7 +205,10 @@ def overhead(report: Report) -> str:
         "of `import torch`": field("torch"),
     }
     said = (
-        f"{report['steps']} steps, {report['rounds']} rounds, medians; processes: best of {report['start_rounds']}.",
+        f"The 5th percentile of {report['steps']} steps, median of {report['rounds']} fits in turn; processes: best of "
+        f"{report['start_rounds']}.",
+        f"The costliest idle callback is {report['worst_idle_cpu_us'] - rows['empty Callback']['cpu_above_us']:.0f} µs "
+        "above the empty one, which Lightning itself charges for.",
         "Nothing in a step, and so the cost of the empty Callback: " + ", ".join(report["without_step_hooks"]) + ".",
     )
     return f"{table('training step', steps, rows)}\n{table('fresh process', times, processes)}{note(report, *said)}"

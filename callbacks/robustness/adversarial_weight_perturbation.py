@@ -101,6 +101,8 @@ class AdversarialWeightPerturbation(TrainingStepCallback):
         self._put_back()  # for each micro-batch: the only order that holds under accumulation
 
     def _put_back(self) -> None:
+        if not self._saved:
+            return
         with torch.no_grad():
             for weight, value in self._saved.items():
                 weight.copy_(value)
