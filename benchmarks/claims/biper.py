@@ -39,7 +39,8 @@ from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
 from lightning_plugins.data import FashionMNISTDataModule
 from lightning_plugins.models.binary_resnet import binary_resnet20
 from lightning_plugins.modules import ImageClassifier
-from lightning_plugins.quantization.binary import binary_layers, quantization_error
+from lightning_plugins.quantization.binary import quantization_error
+from lightning_plugins.quantization.binary_layers import binary_layers
 
 FREQUENCIES = (1.0, 5.0, 20.0)
 SIGNS = ("sign, two stages", "sign, one stage")

@@ -38,7 +38,7 @@ RESULTS, DOCUMENTATION = ROOT / "benchmarks" / "results", ROOT / "docs" / "resul
 
 # By part: the arguments of the committed result, and those of a quick look.
 ARGUMENTS = {
-    "quantization": ("--compile --rounds 15", "--size 8 --batch 8 --rounds 2 --threads 1"),
+    "quantization": ("--compile --rounds 30", "--size 8 --batch 8 --rounds 2 --threads 1"),
     "hessian": ("", "--width 4 --batch 16 --train-steps 5 --probes 2 --slow-probes 2 --long 8 --rounds 1"),
     "allocation": ("", "--layers 20 --budgets 4 --seeds 2 --rounds 2"),
     "onnx_export": ("--steps 450", "--width 4 --steps 3 --rounds 2"),

@@ -15,18 +15,16 @@ from lightning_plugins._progress import progress_bar
 from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.evaluation import (
     NetAccuracies,
-    Protocol,
     SetEvaluation,
-    TrainedNets,
     baseline_sets,
-    improvement_over_random,
     picture_set,
-    protocol_named,
     set_facts,
-    train_nets,
     training_tensors,
 )
 from lightning_plugins.distillation.figures import class_bars
+from lightning_plugins.distillation.fresh_nets import TrainedNets, net_seeds, train_nets
+from lightning_plugins.distillation.protocol import Protocol, protocol_named
+from lightning_plugins.distillation.ranking import improvement_over_random
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_table
 from lightning_plugins.modules.dataset_distillation import DatasetDistillation
@@ -217,7 +215,7 @@ class DistilledSetEvaluation(pl.Callback):
             targets.to(module.device),
             num_classes=source.num_classes,
             protocol=protocol,
-            seeds=[self.seed + 7919 * index for index in range(first, first + share)],
+            seeds=net_seeds(self.seed, range(first, first + share)),
             joint=False if model is not None else self.joint,
         )
         if trainer.world_size > 1:

@@ -21,21 +21,19 @@ from lightning_plugins.callbacks.quantization._conversion import ConvertsLayers
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
 from lightning_plugins.checks import check_types
 from lightning_plugins.logging import log_figure, log_table
-from lightning_plugins.quantization.binary import (
+from lightning_plugins.quantization.binary import check_frequency, periodic_regularizer, quantization_error
+from lightning_plugins.quantization.binary_deploy import save_binary
+from lightning_plugins.quantization.binary_layers import (
     REAL,
     Estimator,
     Real,
-    binary_figure,
     binary_layers,
-    check_frequency,
     check_keep_real,
     convert_binary_,
-    periodic_regularizer,
-    quantization_error,
-    save_binary,
     set_frequency_,
     set_stage_,
 )
+from lightning_plugins.quantization.figures import binary_figure
 
 __all__ = ["BinaryQAT"]
 

@@ -28,6 +28,7 @@ from lightning_plugins.files import write_atomically
 from lightning_plugins.logging import log_callback_hyperparameters, log_figure, log_metrics, log_table
 from lightning_plugins.quantization.accounting import cost
 from lightning_plugins.quantization.accuracy_budget import plan_within_accuracy
+from lightning_plugins.quantization.adaquant import MEMORY_LIMIT, LearningRates, Mode
 from lightning_plugins.quantization.convert import (
     BatchNorms,
     check_precisions,
@@ -42,15 +43,12 @@ from lightning_plugins.quantization.layers import FULL_PRECISION
 from lightning_plugins.quantization.packed import _make_plain, save_packed
 from lightning_plugins.quantization.plan import BitPlan
 from lightning_plugins.quantization.post_training import (
-    MEMORY_LIMIT,
-    Bits,
-    LearningRates,
-    Mode,
     Pipeline,
     PostTrainingReport,
     StageResult,
     post_training_quantize,
 )
+from lightning_plugins.quantization.scale_calibration import Bits
 from lightning_plugins.quantization.scores import Method as Score
 from lightning_plugins.quantization.scores import score_layers
 

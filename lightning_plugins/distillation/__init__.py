@@ -10,22 +10,11 @@ from lightning_plugins.distillation.characteristic_function import (
     unit_rows,
 )
 from lightning_plugins.distillation.decode import decode, decode_index, encode
-from lightning_plugins.distillation.evaluation import (
-    PROTOCOLS,
-    NetAccuracies,
-    Protocol,
-    SetEvaluation,
-    TrainedNets,
-    augmentation_robust_score,
-    evaluate_set,
-    hard_label_recovery,
-    improvement_over_random,
-    label_robust_score,
-    train_nets,
-)
+from lightning_plugins.distillation.evaluation import NetAccuracies, SetEvaluation, evaluate_set
 from lightning_plugins.distillation.extractors import ExtractorBank, RandomExtractors, train_expert_, untrained_net
 from lightning_plugins.distillation.figures import class_bars, image_grid
 from lightning_plugins.distillation.flip import FlipUnion, flip_detectability, flip_union
+from lightning_plugins.distillation.fresh_nets import TrainedNets, train_nets
 from lightning_plugins.distillation.memory import images_per_tile
 from lightning_plugins.distillation.objectives import (
     CalibrationTerm,
@@ -38,6 +27,13 @@ from lightning_plugins.distillation.objectives import (
 )
 from lightning_plugins.distillation.pool import ClassPool, RealBatch
 from lightning_plugins.distillation.presets import PRESETS, DistillationSettings, preset_settings
+from lightning_plugins.distillation.protocol import PROTOCOLS, Protocol
+from lightning_plugins.distillation.ranking import (
+    augmentation_robust_score,
+    hard_label_recovery,
+    improvement_over_random,
+    label_robust_score,
+)
 from lightning_plugins.distillation.stepping import vectorised_constants
 from lightning_plugins.distillation.synthetic_set import SyntheticSet
 from lightning_plugins.distillation.trajectory import ExpertTrajectories, TrajectoryMatching, match_trajectory

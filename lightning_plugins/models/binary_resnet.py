@@ -110,7 +110,7 @@ def binary_resnet20(*, num_classes: int = 10, in_channels: int = 3, width: int =
         width: channels of the first stage.
 
     Example:
-        >>> from lightning_plugins.quantization.binary import binary_layers, convert_binary_
+        >>> from lightning_plugins.quantization import binary_layers, convert_binary_
         >>> len(binary_layers(convert_binary_(binary_resnet20(in_channels=1, width=4))))
         18
     """

@@ -2,6 +2,7 @@
 
 from lightning_plugins.quantization.accounting import Cost, cost
 from lightning_plugins.quantization.accuracy_budget import plan_within_accuracy
+from lightning_plugins.quantization.adaquant import LearningRates, adaquant_
 from lightning_plugins.quantization.allocation import (
     Frontier,
     allocate_bits,
@@ -14,25 +15,24 @@ from lightning_plugins.quantization.allocation import (
 )
 from lightning_plugins.quantization.alrs import AdaptiveLearningRateScaling
 from lightning_plugins.quantization.binary import (
-    BinaryConv1d,
-    BinaryConv2d,
-    BinaryLinear,
     binary_activation,
-    binary_layers,
-    convert_binary_,
-    export_binary_onnx,
-    load_binary,
-    load_binary_checkpoint,
     normalize_samples,
     periodic_binary,
     periodic_regularizer,
     quantization_error,
+    sign_ste,
+)
+from lightning_plugins.quantization.binary_deploy import export_binary_onnx, load_binary, save_binary, to_deploy_binary
+from lightning_plugins.quantization.binary_layers import (
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryLinear,
+    binary_layers,
+    convert_binary_,
+    load_binary_checkpoint,
     restore_binary_,
-    save_binary,
     set_frequency_,
     set_stage_,
-    sign_ste,
-    to_deploy_binary,
 )
 from lightning_plugins.quantization.bisection import BisectionResult, bisect_bits
 from lightning_plugins.quantization.convert import (
@@ -56,22 +56,10 @@ from lightning_plugins.quantization.layers import (
 from lightning_plugins.quantization.onnx import export_onnx
 from lightning_plugins.quantization.packed import load_packed, save_packed
 from lightning_plugins.quantization.plan import BitPlan
-from lightning_plugins.quantization.post_training import (
-    LearningRates,
-    PostTrainingReport,
-    StageResult,
-    adaquant_,
-    calibrate_scales_,
-    post_training_quantize,
-    reestimate_batch_norms_,
-    tune_biases_,
-)
-from lightning_plugins.quantization.quantizers import (
-    double_rounding,
-    fake_quantize,
-    quantize_codes,
-    switch_codes,
-)
+from lightning_plugins.quantization.post_training import PostTrainingReport, StageResult, post_training_quantize
+from lightning_plugins.quantization.quantizers import double_rounding, fake_quantize, quantize_codes, switch_codes
+from lightning_plugins.quantization.retuning import reestimate_batch_norms_, tune_biases_
+from lightning_plugins.quantization.scale_calibration import calibrate_scales_
 from lightning_plugins.quantization.scores import evaluate_plan, inverted, score_layers
 from lightning_plugins.quantization.self_distillation import ProgressiveSelfDistillation
 from lightning_plugins.quantization.sensitivity import LayerSensitivity, SensitivityTable

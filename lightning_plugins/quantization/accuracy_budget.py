@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.checks import check_types
+from lightning_plugins.quantization._calibration_batches import Forward
 from lightning_plugins.quantization.bisection import BisectionResult, bisect_bits
 from lightning_plugins.quantization.convert import model_precisions, quantized_layers, switch_
 from lightning_plugins.quantization.layers import FULL_PRECISION
 from lightning_plugins.quantization.packed import borrowed
 from lightning_plugins.quantization.plan import BitPlan
-from lightning_plugins.quantization.post_training import Forward, calibrate_scales_
+from lightning_plugins.quantization.scale_calibration import calibrate_scales_
 from lightning_plugins.quantization.sensitivity import SensitivityTable
 
 __all__ = ["plan_within_accuracy"]

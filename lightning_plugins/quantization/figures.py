@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from lightning_plugins.quantization.binary import quantization_error
+from lightning_plugins.quantization.binary_layers import binary_layers
 from lightning_plugins.quantization.convert import quantized_layers
-from lightning_plugins.quantization.quantizers import code_range
+from lightning_plugins.quantization.quantizers import _in_float, code_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_figure", "code_histograms"]
+__all__ = ["accuracy_figure", "binary_figure", "code_histograms"]
 
 
 def accuracy_figure(accuracies: Mapping[int, float]) -> Figure:
@@ -67,4 +70,38 @@ def code_histograms(model: nn.Module, bits: Sequence[int]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         if position == 0:
             axes.set_ylabel("weights (%)")
+    return figure
+
+
+def binary_figure(model: nn.Module) -> Figure:
+    """Draw where the weights of a binary model stand on the wave, and the quantization error of each layer.
+
+    Args:
+        model: converted by :func:`convert_binary_` with the periodic estimator.
+    """
+    from matplotlib.figure import Figure
+
+    layers = binary_layers(model)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    waves, errors = figure.subplots(1, 2, width_ratios=(3, 4))
+    with torch.no_grad():
+        values = torch.cat([torch.sin(each.frequency * _in_float(each.weight)).flatten() for each in layers.values()])
+        heights = [float(quantization_error(each.weight, each.frequency)) for each in layers.values()]
+    counts = torch.histc(values.cpu(), bins=41, min=-1, max=1)
+    width = 2 / len(counts)
+    centres = [-1 + (i + 0.5) * width for i in range(len(counts))]
+    waves.bar(centres, (100 * counts / counts.sum()).tolist(), width=0.9 * width, color="#4477aa")
+    waves.set_xlabel("sine of frequency times weight")
+    waves.set_ylabel("weights (%)")
+    errors.bar(range(len(heights)), heights, width=0.8, color="#4477aa")
+    errors.axhline(1 - 2 / math.pi, color="#aa3377", linestyle="--", linewidth=1)
+    errors.annotate(
+        "uniform phase: 1 - 2/π", (0.99, 1 - 2 / math.pi), (0, 3), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", color="#aa3377", fontsize=9,
+    )  # fmt: skip
+    errors.set_xticks(range(len(heights)), [str(i + 1) for i in range(len(heights))], fontsize=8)
+    errors.set_xlabel("binary layer")
+    errors.set_ylabel("quantization error")
+    for axes in (waves, errors):
+        axes.spines[["top", "right"]].set_visible(False)
     return figure

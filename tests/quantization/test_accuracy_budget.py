@@ -16,7 +16,7 @@ from lightning_plugins.quantization import (
     score_layers,
     switch_,
 )
-from lightning_plugins.quantization.post_training import calibrate_scales_
+from lightning_plugins.quantization.scale_calibration import calibrate_scales_
 from toys import TinyModule, make_trainer
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_plugins.quantization import allocation
+from lightning_plugins.quantization import _bit_search
 from lightning_plugins.quantization.allocation import (
     allocate_bits,
     diverse_plans,
@@ -247,7 +247,7 @@ def test_a_search_that_is_cut_says_what_is_proven(monkeypatch):
     table = changed(table, losses=losses)
     best = predicted_loss(table, pareto_frontier(table).plan(4.3))
     assert predicted_loss(table, allocate_bits(table, budget=4.3)) == pytest.approx(best, rel=1e-12)
-    monkeypatch.setattr(allocation, "MOST_PARTIAL_PLANS", 10)
+    monkeypatch.setattr(_bit_search, "MOST_PARTIAL_PLANS", 10)
     with pytest.warns(UserWarning, match="proven to be within .* of the least one, and not to be the least") as record:
         plan = allocate_bits(table, budget=4.3)
     assert record[0].filename == __file__

@@ -11,27 +11,26 @@ from torch.nn.utils import parametrizations, prune
 
 from lightning_plugins.models.binary_resnet import BinaryResNet, binary_resnet20
 from lightning_plugins.quantization.binary import (
-    BinaryConv1d,
-    BinaryConv2d,
-    BinaryLinear,
     binary_activation,
-    binary_figure,
-    binary_layers,
-    convert_binary_,
-    export_binary_onnx,
-    load_binary,
-    load_binary_checkpoint,
     normalize_samples,
     periodic_binary,
     periodic_regularizer,
     quantization_error,
+    sign_ste,
+)
+from lightning_plugins.quantization.binary_deploy import export_binary_onnx, load_binary, save_binary, to_deploy_binary
+from lightning_plugins.quantization.binary_layers import (
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryLinear,
+    binary_layers,
+    convert_binary_,
+    load_binary_checkpoint,
     restore_binary_,
-    save_binary,
     set_frequency_,
     set_stage_,
-    sign_ste,
-    to_deploy_binary,
 )
+from lightning_plugins.quantization.figures import binary_figure
 from toys import assert_same_weights
 
 

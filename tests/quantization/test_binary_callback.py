@@ -12,15 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_plugins.callbacks.quantization.binary_qat import BinaryQAT
-from lightning_plugins.quantization.binary import (
+from lightning_plugins.quantization.binary import periodic_regularizer, quantization_error
+from lightning_plugins.quantization.binary_deploy import load_binary, to_deploy_binary
+from lightning_plugins.quantization.binary_layers import (
     binary_layers,
     convert_binary_,
-    load_binary,
     load_binary_checkpoint,
-    periodic_regularizer,
-    quantization_error,
     restore_binary_,
-    to_deploy_binary,
 )
 from toys import NUM_CLASSES, TinyModule, TorchvisionModule, assert_same_weights, image_and_label, make_trainer
 

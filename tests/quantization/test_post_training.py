@@ -21,16 +21,10 @@ from lightning_plugins.quantization import (
     switch_,
     to_deploy,
 )
-from lightning_plugins.quantization.post_training import (
-    LearningRates,
-    PostTrainingReport,
-    _tails,
-    adaquant_,
-    calibrate_scales_,
-    post_training_quantize,
-    reestimate_batch_norms_,
-    tune_biases_,
-)
+from lightning_plugins.quantization.adaquant import LearningRates, _tails, adaquant_
+from lightning_plugins.quantization.post_training import PostTrainingReport, post_training_quantize
+from lightning_plugins.quantization.retuning import reestimate_batch_norms_, tune_biases_
+from lightning_plugins.quantization.scale_calibration import calibrate_scales_
 from toys import assert_same_weights, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:AdaQuant may overfit")
