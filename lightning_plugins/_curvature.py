@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
+from lightning_plugins._processes import over_processes
 from lightning_plugins.checks import warn_caller
 from lightning_plugins.modes import evaluation_mode
 
@@ -528,14 +529,3 @@ class _NoSecondDerivative(RuntimeError):
 
 def _normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
-
-
-def distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def over_processes(tensor: Tensor) -> Tensor:
-    """Return the sum over processes."""
-    if distributed():
-        torch.distributed.all_reduce(tensor)
-    return tensor

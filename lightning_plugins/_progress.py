@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from lightning_plugins._processes import rank
 
 
 def progress_bar(
@@ -32,7 +33,7 @@ def progress_bar(
     # past it, this bar stands in the place of that one's last line until that one is drawn again.
     file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
     disable = None if show is None else not show
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+    if rank():
         disable = True
     if items is not None:
         total = _length(items) if total is None else total

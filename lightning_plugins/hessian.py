@@ -29,11 +29,10 @@ from lightning_plugins._curvature import (
     LossFn,
     Problem,
     differentiate_again,
-    distributed,
     output_factor,
-    over_processes,
     tensor_outputs,
 )
+from lightning_plugins._processes import over_processes, rank
 from lightning_plugins._progress import progress_bar
 from lightning_plugins.checks import check_types
 
@@ -534,6 +533,5 @@ def _unit(vector: Tensor) -> Tensor:
 
 def _seed_of_process(seed: int) -> int:
     """Return a seed of this process's own: signs shared between processes would couple their samples."""
-    rank = torch.distributed.get_rank() if distributed() else 0
-    seeds = torch.randint(2**62, (rank + 1,), generator=torch.Generator().manual_seed(seed))
-    return int(seeds[rank])
+    seeds = torch.randint(2**62, (rank() + 1,), generator=torch.Generator().manual_seed(seed))
+    return int(seeds[-1])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_plugins.quantization.pairwise import over_processes
+from lightning_plugins._processes import numbers_over_processes
 
 __all__ = ["find_blocks", "input_modification", "keeps_shape", "lim_score", "weight_tails", "zd_score"]
 
@@ -190,8 +190,8 @@ def input_modification(
     result = {}
     for name, parts in samples.items():
         scores = torch.cat(parts)
-        count, total = over_processes(len(scores), float(scores.sum()))
-        (squares,) = over_processes(float((scores - total / count).square().sum()))
+        count, total = numbers_over_processes(len(scores), float(scores.sum()))
+        (squares,) = numbers_over_processes(float((scores - total / count).square().sum()))
         result[name] = (total / count, math.sqrt(squares / max(count - 1, 1) / count))
     return result
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from lightning_plugins._processes import distributed
 from lightning_plugins.checks import check_types
 from lightning_plugins.quantization.quantizers import (
     SMALLEST_SCALE,
@@ -102,7 +103,7 @@ class InputQuantizer(nn.Module):
         if bits in self._ready:
             return self.scales[str(bits)], self._signed
         signed = self._signed if self._ready else bool((inputs < 0).any())
-        together = store and torch.distributed.is_available() and torch.distributed.is_initialized()
+        together = store and distributed()
         if together and not self._ready:
             flag = torch.tensor(float(signed), device=inputs.device)
             torch.distributed.all_reduce(flag)

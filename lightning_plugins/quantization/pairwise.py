@@ -11,6 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lightning_plugins import hessian
+from lightning_plugins._processes import numbers_over_processes
 from lightning_plugins._progress import progress_bar
 
 __all__ = [
@@ -18,7 +19,6 @@ __all__ = [
     "interactions_by_products",
     "loss_and_accuracy",
     "measured_interactions",
-    "over_processes",
 ]
 
 _VECTORS_AT_ONCE = 8
@@ -114,19 +114,7 @@ def loss_and_accuracy(model: nn.Module, batches: Iterable[Sequence[Tensor]], los
             if predicted.shape == targets.shape:
                 correct += float((predicted == targets).sum())
                 decisions += targets.numel()
-    loss, correct, decisions, samples = over_processes(loss, correct, decisions, samples)
+    loss, correct, decisions, samples = numbers_over_processes(loss, correct, decisions, samples)
     if not samples:
         raise ValueError("batches is empty; an iterator that was read before has nothing left, pass a list")
     return loss / samples, correct / decisions if decisions else math.nan
-
-
-def over_processes(*values: float) -> list[float]:
-    """Return the sums of some numbers over all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return list(values)
-    # NCCL takes tensors of its device alone, gloo those of the CPU.
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(sums)
-    result: list[float] = sums.tolist()
-    return result

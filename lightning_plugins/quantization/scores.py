@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_plugins import hessian
+from lightning_plugins._processes import numbers_over_processes
 from lightning_plugins._progress import progress_bar
 from lightning_plugins.batches import BatchFn, inputs_and_targets
 from lightning_plugins.checks import check_types, warn_caller
@@ -36,7 +37,6 @@ from lightning_plugins.quantization.pairwise import (
     interactions_by_products,
     loss_and_accuracy,
     measured_interactions,
-    over_processes,
 )
 from lightning_plugins.quantization.sensitivity import LayerSensitivity, SensitivityTable
 
@@ -301,7 +301,7 @@ class _Net:
 
     @property
     def num_samples(self) -> int:
-        return int(over_processes(sum(len(inputs) for inputs, _ in self.batches))[0])
+        return int(numbers_over_processes(sum(len(inputs) for inputs, _ in self.batches))[0])
 
     def weight(self, name: str) -> Tensor:
         weight = self.plain.get_submodule(name).weight
