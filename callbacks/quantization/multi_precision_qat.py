@@ -23,6 +23,7 @@ from lightning_plugins.callbacks._borrow import tap_forward
 from lightning_plugins.callbacks._composition import check_composition
 from lightning_plugins.callbacks._variants import HasVariants
 from lightning_plugins.callbacks.quantization._conversion import ConvertsLayers
+from lightning_plugins.callbacks.quantization._scale_groups import give_groups
 from lightning_plugins.callbacks.training_step import Step, TrainingStepCallback
 from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
@@ -52,9 +53,6 @@ __all__ = ["MultiPrecisionQAT"]
 
 SampleIdsFn = Callable[[Any], Tensor]
 Bits = int | Mapping[str, int]
-
-# What torch's schedulers keep for each parameter group.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 
 class MultiPrecisionQAT(ConvertsLayers, HasVariants, TrainingStepCallback):
@@ -315,7 +313,7 @@ class MultiPrecisionQAT(ConvertsLayers, HasVariants, TrainingStepCallback):
 
     def _take_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = self._scale_groups(pl_module)
-        self._move_to_own_groups(trainer, pl_module, groups)
+        give_groups(trainer, pl_module, groups, owner=type(self).__name__)
         if not self._sequential and self.alrs != "frozen":
             # All precisions pull at these; what each one adds counts as much as a step of its own would.
             hook = self._weigh_gradient
@@ -327,38 +325,6 @@ class MultiPrecisionQAT(ConvertsLayers, HasVariants, TrainingStepCallback):
             for b, parameters in batch_norm_and_bias_parameters(pl_module).items():
                 groups.setdefault(b, []).extend(parameters)
         return groups
-
-    def _move_to_own_groups(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: dict[int | None, list[nn.Parameter]]
-    ) -> None:
-        (optimizer,) = trainer.optimizers
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise MisconfigurationException(
-                f"{type(self).__name__} gives the scales a parameter group of their own, which LBFGS does not support; "
-                "use another optimizer"
-            )
-        if any(group.get("name") == "quant_scales" for group in optimizer.param_groups):
-            return  # the module keeps one optimizer for several fits
-        moved = {parameter for parameters in groups.values() for parameter in parameters}
-        names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
-            if "param_names" in group:
-                group["param_names"] = [names.get(parameter, "") for parameter in group["params"]]
-        home = optimizer.param_groups[0]
-        count = len(optimizer.param_groups)
-        for b, parameters in groups.items():
-            named = [(names[parameter], parameter) for parameter in parameters]
-            own: dict[str, Any] = {
-                "params": named if "param_names" in home else parameters,
-                "name": "quant_scales",
-                "bits": b,
-            }
-            if "weight_decay" in home:
-                own["weight_decay"] = 0.0
-            optimizer.add_param_group({k: v for k, v in home.items() if k not in ("params", "param_names")} | own)
-        for config in trainer.lr_scheduler_configs:
-            _extend_per_group_lists(config.scheduler, count, len(optimizer.param_groups))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave(pl_module)
@@ -704,13 +670,3 @@ def _loss_of(output: STEP_OUTPUT) -> Tensor | None:
         return loss
     assert output is None or isinstance(output, Tensor)
     return output
-
-
-def _extend_per_group_lists(scheduler: Any, count: int, wanted: int) -> None:
-    """Let a scheduler, made for ``count`` parameter groups, go on; the further ones get the values of the first."""
-    for inner in getattr(scheduler, "_schedulers", []):
-        _extend_per_group_lists(inner, count, wanted)
-    for name in _PER_GROUP:
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list) and len(values) == count:
-            values.extend(values[:1] * (wanted - count))
