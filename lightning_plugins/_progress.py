@@ -38,7 +38,16 @@ def progress_bar(
     if items is not None:
         total = _length(items) if total is None else total
         items = iter(items)  # tqdm would ask loaders for a length that they do not have
-    return tqdm(items, desc=title, total=total, file=file, disable=disable, delay=0 if show else delay, leave=False)
+    return tqdm(
+        items,
+        desc=title,
+        total=total,
+        file=file,
+        disable=disable,
+        delay=0 if show else delay,
+        leave=False,
+        miniters=0,  # so that update(0) draws it again
+    )
 
 
 def _length(items: Any) -> int | None:

@@ -83,7 +83,7 @@ def test_what_has_no_length_is_not_asked_for_one(monkeypatch):
 def test_callbacks_that_work_for_long_show_how_far_they_are(tmp_path, monkeypatch):
     """Each bar gets all the way through its work."""
     bars = []
-    on_a_terminal(monkeypatch)
+    terminal = on_a_terminal(monkeypatch)
 
     class Recorded(_progress.tqdm):
         def __init__(self, *arguments, **keywords):
@@ -105,3 +105,5 @@ def test_callbacks_that_work_for_long_show_how_far_they_are(tmp_path, monkeypatc
         "measuring calibrators": (2, 2),
         "attacks on a batch": (3, 3),
     }
+    passes = [f"{count} passes" for count in range(1, ATTACK.num_steps + 1)]
+    assert all(count in terminal.getvalue() for count in passes)  # also within one attack

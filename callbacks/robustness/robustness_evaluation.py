@@ -141,7 +141,6 @@ class RobustnessEvaluation(pl.Callback):
         self._grid: dict[float, RobustAccuracy] = {}
         self._seen = 0
         self._pictures: tuple[Tensor, Tensor, list[str]] | None = None
-        self._bar: Any = None  # of the batch under attack
         self._last: dict[str, Tensor] = {}
         self._figures: dict[str, Any] = {}
 
@@ -229,21 +228,20 @@ class RobustnessEvaluation(pl.Callback):
         total = len(self._attacks) * (1 + len(states)) + len(radii)
         # A calibrator over forward may have no gradient, as bins have none, and would hide the module from the attack.
         bar = progress_bar(title="attacks on a batch", total=total, delay=0 if self._stage == "test" else 3)
-        with grad_context(), unobserved(), bar as self._bar:
+        with grad_context(), unobserved(), bar:
             inputs, targets = ordinary(inputs), ordinary(targets)
-            clean, pictured = self._measure(trainer, pl_module, "", inputs, targets, batch_idx)
+            clean, pictured = self._measure(trainer, pl_module, "", inputs, targets, batch_idx, bar)
             if first and pictured is not None:
                 self._keep_pictures(inputs, pictured, targets)
             for number, eps in enumerate(radii):
                 attack = PGDAttack(eps, self._norm, num_steps=20)
-                result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, 100 + number)
+                result = self._run(trainer, pl_module, attack, inputs, targets, batch_idx, 100 + number, bar)
                 if eps not in self._grid:
                     self._grid[eps] = _metric(result.logits, "micro")
                 self._grid[eps].update(clean, result.logits.argmax(1), targets)
             for state, owner in states.items():
                 with owner.variant(pl_module, state) as module:
-                    self._measure(trainer, module, state, inputs, targets, batch_idx)
-        self._bar = None
+                    self._measure(trainer, module, state, inputs, targets, batch_idx, bar)
         self._seen += len(inputs)
 
     def _measure(
@@ -254,6 +252,7 @@ class RobustnessEvaluation(pl.Callback):
         inputs: Tensor,
         targets: Tensor,
         batch_idx: int,
+        bar: Any,
     ) -> tuple[Tensor, AttackResult | None]:
         """Count what is right before and after the attacks; return the first predictions, and the first attack."""
         logits = self.logits_fn(module, inputs)
@@ -270,7 +269,7 @@ class RobustnessEvaluation(pl.Callback):
         update("clean", clean)
         pictured = None
         for number, (name, attack) in enumerate(self._attacks.items()):
-            result = self._run(trainer, module, attack, inputs, targets, batch_idx, number)
+            result = self._run(trainer, module, attack, inputs, targets, batch_idx, number, bar)
             pictured = pictured or result
             attacked = result.logits.argmax(1)
             update(name, attacked)
@@ -288,19 +287,25 @@ class RobustnessEvaluation(pl.Callback):
         targets: Tensor,
         batch_idx: int,
         number: int,
+        bar: Any,
     ) -> AttackResult:
         place = 128 * batch_idx + number
         generator = generator_for(inputs, seed=self.seed, number=place, rank=trainer.global_rank)
         images = self._scale.images(inputs)
+        passes = 0
 
         def logits_fn(asked: Tensor) -> Tensor:
+            nonlocal passes
+            passes += 1  # a single attack may take minutes
+            bar.set_postfix_str(f"{passes:,} passes", refresh=False)
+            bar.update(0)
             return self.logits_fn(module, self._scale.inputs(asked, inputs.dtype))
 
         try:
             result = attack(logits_fn, images, targets, generator=generator)
         except ValueError as error:
             raise MisconfigurationException(f"RobustnessEvaluation could not attack the batch: {error}") from error
-        self._bar.update()
+        bar.update()
         return result
 
     # Results
