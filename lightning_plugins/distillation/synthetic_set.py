@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_plugins._sealed_files import checksum, read_sealed
 from lightning_plugins.checks import check_types
 from lightning_plugins.distillation.decode import DecodeVariant, decode, decode_index, encode
 from lightning_plugins.distillation.generators import PrivateGenerator
@@ -310,7 +310,7 @@ class SyntheticSet(nn.Module):
             raise TypeError(f"about must hold finite numbers, strings, lists and dictionaries only: {error}") from error
         # As read back: JSON makes lists of tuples, and the checksum must not see a difference.
         meta = json.loads(text)
-        header = json.dumps({"version": VERSION, "meta": meta, "checksum": _checksum(tensors, meta)})
+        header = json.dumps({"version": VERSION, "meta": meta, "checksum": checksum(tensors, meta)})
         content = safetensors.torch.save(tensors, {FORMAT: header})
         folder = Path(folder)
         _write_both(folder, content, (text + "\n").encode())
@@ -455,32 +455,12 @@ def _write_both(folder: Path, content: bytes, text: bytes) -> None:
 
 
 def _read(content: bytes, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        tensors = safetensors.torch.load(content)
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    except Exception as error:  # safetensors leaves some kinds of damage to whatever its own code stumbles over
-        raise ValueError(f"{path!r} is no safetensors file, or a damaged one ({error}); copy it again") from error
-    if FORMAT not in metadata:
-        raise ValueError(f"{path!r} is a safetensors file, but none that SyntheticSet.save wrote")
-    try:
-        header = json.loads(metadata[FORMAT])
-        version, meta, checksum = header["version"], header["meta"], header["checksum"]
-        newer = version > VERSION
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path!r} is damaged: its header cannot be read ({error!r}); copy it again") from error
-    if newer:
-        raise ValueError(
-            f"{path!r} has version {version} of its format, this lightning_plugins reads {VERSION}; upgrade it"
-        )
-    if checksum != _checksum(tensors, meta):
-        raise ValueError(f"{path!r} is damaged: its checksum differs from the one that was written; copy it again")
-    return tensors, meta
-
-
-def _checksum(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    about, tensors = read_sealed(
+        content,
+        path,
+        form=FORMAT,
+        version=VERSION,
+        writer="SyntheticSet.save",
+        described=lambda about: about["meta"],
+    )
+    return tensors, about["meta"]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins._sealed_files import checksum, read_sealed
 from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 from lightning_plugins.quantization.binary_layers import (
@@ -29,7 +30,7 @@ from lightning_plugins.quantization.convert import Model
 from lightning_plugins.quantization.copying import copy_network
 from lightning_plugins.quantization.deploy import _make_weights_permanent, _onnx
 from lightning_plugins.quantization.onnx import _onnx_bytes, _verify
-from lightning_plugins.quantization.packed import _checksum, _make_plain
+from lightning_plugins.quantization.packed import _make_plain
 
 __all__ = ["export_binary_onnx", "load_binary", "save_binary", "to_deploy_binary"]
 
@@ -217,7 +218,7 @@ def save_binary(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         else:
             # A copy, as safetensors takes no tensors that share memory.
             tensors[key] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    about = {"version": VERSION, "shapes": shapes, "checksum": _checksum(tensors, {}, shapes)}
+    about = {"version": VERSION, "shapes": shapes, "checksum": checksum(tensors, [{}, shapes])}
     return write_atomically(path, safetensors.torch.save(tensors, {FORMAT: json.dumps(about, separators=(",", ":"))}))
 
 
@@ -290,26 +291,12 @@ def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _decode(content: bytes, path: str) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
-    try:
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__", {})
-    except Exception as error:  # safetensors leaves some kinds of damage to whatever its own code stumbles over
-        raise ValueError(
-            f"{path!r} is no safetensors file, or a damaged one ({error}); copy it again, or write it with save_binary"
-        ) from error
-    if FORMAT not in metadata:
-        raise ValueError(f"{path!r} is a safetensors file, but none that save_binary wrote")
-    try:
-        about = json.loads(metadata[FORMAT])
-        version, shapes, checksum = (about[key] for key in ("version", "shapes", "checksum"))
-        newer = version > VERSION
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path!r} is damaged: its header cannot be read ({error!r}); copy it again") from error
-    if newer:
-        raise ValueError(
-            f"{path!r} has version {version} of its format, this lightning_plugins reads {VERSION}; upgrade it"
-        )
-    if checksum != _checksum(tensors, {}, shapes):
-        raise ValueError(f"{path!r} is damaged: its checksum differs from the one that was written; copy it again")
-    return shapes, tensors
+    about, tensors = read_sealed(
+        content,
+        path,
+        form=FORMAT,
+        version=VERSION,
+        writer="save_binary",
+        described=lambda about: [{}, about["shapes"]],
+    )
+    return about["shapes"], tensors

@@ -8,7 +8,6 @@ shapes of the weights, and a checksum over all of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from lightning_plugins._sealed_files import checksum, read_sealed
 from lightning_plugins.checks import check_types
 from lightning_plugins.files import write_atomically
 from lightning_plugins.modes import evaluation_mode
@@ -189,7 +189,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], *, plan: int | M
         entries = tensor_entries(model, alone=alone)
         tensors = {name: _read(name, entry, alone=alone) for name, entry in entries.items()}
         shapes = weight_shapes(model)
-    return write_atomically(path, encode(tensors, spec, shapes, _checksum(tensors, spec, shapes)))
+    return write_atomically(path, encode(tensors, spec, shapes, checksum(tensors, [spec, shapes])))
 
 
 @check_types
@@ -377,38 +377,15 @@ def encode(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], shapes: Mappi
 
 
 def _decode(content: bytes, path: str) -> tuple[dict[str, Any], dict[str, list[int]], dict[str, Tensor]]:
-    try:
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__", {})
-    except Exception as error:  # safetensors leaves some kinds of damage to whatever its own code stumbles over
-        raise ValueError(
-            f"{path!r} is no safetensors file, or a damaged one ({error}); copy it again, or write it with save_packed"
-        ) from error
-    if FORMAT not in metadata:
-        raise ValueError(f"{path!r} is a safetensors file, but none that save_packed wrote")
-    try:
-        about = json.loads(metadata[FORMAT])
-        version, spec, shapes, checksum = (about[key] for key in ("version", "spec", "shapes", "checksum"))
-        newer = version > VERSION
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path!r} is damaged: its header cannot be read ({error!r}); copy it again") from error
-    if newer:
-        raise ValueError(
-            f"{path!r} has version {version} of its format, this lightning_plugins reads {VERSION}; upgrade it"
-        )
-    if checksum != _checksum(tensors, spec, shapes):
-        raise ValueError(f"{path!r} is damaged: its checksum differs from the one that was written; copy it again")
-    return spec, shapes, tensors
-
-
-def _checksum(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], shapes: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([spec, shapes], sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    about, tensors = read_sealed(
+        content,
+        path,
+        form=FORMAT,
+        version=VERSION,
+        writer="save_packed",
+        described=lambda about: [about["spec"], about["shapes"]],
+    )
+    return about["spec"], about["shapes"], tensors
 
 
 def _kept(bits: Sequence[int], only: int | None) -> tuple[int, ...]:

@@ -96,12 +96,12 @@ def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **about) -> Pa
 
 
 def with_checksum(path: Path, **about) -> Path:
-    from lightning_plugins.quantization.packed import _checksum
+    from lightning_plugins._sealed_files import checksum
 
     rewrite(path, **about)
     fields = json.loads(header_of(path)["__metadata__"][FORMAT])
     tensors = safetensors.torch.load(path.read_bytes())
-    return rewrite(path, checksum=_checksum(tensors, fields["spec"], fields["shapes"]))
+    return rewrite(path, checksum=checksum(tensors, [fields["spec"], fields["shapes"]]))
 
 
 # Codes
